@@ -1,0 +1,51 @@
+# make demo | test | check | bench | gpu | build | clean. Each sets up what it needs in .venv, or uses PYTHON=... as it is.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := build
+
+ifdef PYTHON
+PY := $(PYTHON)
+SETUP :=
+else
+PY := .venv/bin/python
+SETUP := .venv/ready
+endif
+
+# The exact version for CPU machines: a plain `torch` brings gigabytes of CUDA libraries.
+TORCH ?= torch==2.13.0
+TOOLS := setuptools>=77 wheel cmake>=3.24 ninja pybind11>=2.12 numpy scikit-image matplotlib pytest pytest-benchmark scipy
+
+.PHONY: build demo test check bench gpu clean
+
+.venv/ready: pyproject.toml
+	python3 -m venv .venv || { echo "make: python3 -m venv failed: install your system's python3-venv package" >&2; exit 1; }
+	$(PY) -m pip install --quiet --disable-pip-version-check "$(TORCH)"
+	$(PY) -m pip install --quiet --disable-pip-version-check $(foreach tool,$(TOOLS),"$(tool)")
+	touch $@
+
+build: $(SETUP)
+	FASTFOREST_SHIM=1 $(PY) setup.py --quiet build_ext --inplace
+
+demo: $(SETUP)
+	FASTFOREST_CUDA=$${FASTFOREST_CUDA-} $(PY) setup.py --quiet build_ext --inplace
+	$(PY) -m fastforest train --data synthetic --out runs/demo --overwrite
+
+test: build
+	$(PY) -m pytest python_tests
+
+check: build
+	$(PY) -m pip install --quiet --disable-pip-version-check $$($(PY) -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['check'])")
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' | xargs $(PY) -m clang_format_check
+
+bench: build
+	$(PY) -m bench
+
+gpu:
+	bash bench/gpu.sh
+
+clean:
+	rm -rf build dist .venv *.egg-info fastforest/*.so
+	find . -name __pycache__ -prune -exec rm -rf {} +
