@@ -8,8 +8,7 @@
 #include "host_shim/host_shim.h"
 
 #define FF_SHARED(T, name, N)                                   \
-  T(&name)                                                      \
-  [N] = *static_cast<T(*)[N]>([]() -> void* {                   \
+  auto& name = *static_cast<T(*)[N]>([]() -> void* {            \
     static char key;                                            \
     constexpr size_t align = alignof(T) > 16 ? alignof(T) : 16; \
     return ::ff::shim::shared_array(&key, sizeof(T[N]), align); \

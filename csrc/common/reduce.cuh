@@ -15,7 +15,7 @@ struct Sum {
   }
 };
 
-struct Max {  // of two NaNs and numbers it keeps what `a < b` keeps: mask NaNs before
+struct Max {  // not commutative for NaNs: mask them before
   template <class T>
   __device__ __forceinline__ T operator()(T a, T b) const {
     return a < b ? b : a;

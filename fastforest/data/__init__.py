@@ -1,0 +1,36 @@
+"""Faces with landmarks: files, datasets, drawn faces, augmentation.
+
+Points are (x, y) in the pixels of the image at hand, 0-based, pixel centres at integers.
+"""
+
+from .augment import Augment, Plain, horizontal_flip
+from .errors import DataError
+from .faces import Cached, CropPackage, Face, PtsFolder, SyntheticFaces, crop_box, open_dataset, rescale, resize, split
+from .layout import FLIP_68, LINES_68, REGIONS_68
+from .pts import read_image, read_pts, write_pts
+from .synthetic import draw_face, mean_shape_68
+
+__all__ = [
+    "FLIP_68",
+    "LINES_68",
+    "REGIONS_68",
+    "Augment",
+    "Cached",
+    "CropPackage",
+    "DataError",
+    "Face",
+    "Plain",
+    "PtsFolder",
+    "SyntheticFaces",
+    "crop_box",
+    "draw_face",
+    "horizontal_flip",
+    "mean_shape_68",
+    "open_dataset",
+    "read_image",
+    "read_pts",
+    "rescale",
+    "resize",
+    "split",
+    "write_pts",
+]

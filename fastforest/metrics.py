@@ -1,0 +1,256 @@
+"""Landmark metrics: normalised mean error, failure rate, area under the cumulative error distribution.
+
+Shapes: B images, P landmarks, points (x, y) in pixels. Points come as torch tensors or numpy arrays [B, P, 2] of any
+floating dtype and are compared in float64. NME is a fraction (0.05 is 5 %).
+
+An image whose NME cannot be computed (normaliser 0 or not finite, a landmark that is not finite) has NME = NaN, and
+every aggregate counts it as a failure: above any threshold for `failure_rate`, worth the threshold for `auc`, never
+reached by `ced`. Only the mean NME of `evaluate` leaves it out, and says of how many images it is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["KINDS", "Metrics", "auc", "auc_from_ced", "ced", "evaluate", "failure_rate", "nme", "normalizer_distance"]
+
+KINDS = ("inter_ocular", "inter_pupil", "box")
+"""The normalisers that have a name."""
+
+OUTER_EYE_CORNERS = {68: (36, 45), 98: (60, 72), 29: (8, 9)}
+EYES_68 = (slice(36, 42), slice(42, 48))
+
+Array = Tensor | np.ndarray
+
+
+def normalizer_distance(points68: Array, kind: str) -> Tensor:
+    """Distance d in pixels that divides an image's error.
+
+    "inter_ocular": |a - b|, a and b the outer eye corners: 36, 45 of 68 points (300-W), 60, 72 of 98 (WFLW), 8, 9 of
+    29 (COFW). "inter_pupil": the same with the means of points 36..41 and 42..47 (68 points only). "box": sqrt(w h),
+    w and h the sides of the landmarks' bounding box (any P).
+
+    Args:
+        points68: [B, P, 2] true landmarks, pixels; despite the name, P is what `kind` allows.
+        kind: one of `KINDS`.
+
+    Returns:
+        [B] float64, pixels; NaN where a landmark that it needs is NaN.
+
+    Raises:
+        ValueError: unknown kind, wrong shape, or a number of points that the kind does not know.
+        TypeError: not a floating-point array.
+
+    >>> import torch
+    >>> eyes = torch.zeros(1, 68, 2); eyes[0, 45, 0] = 3.0; eyes[0, 45, 1] = 4.0
+    >>> normalizer_distance(eyes, "inter_ocular").tolist()
+    [5.0]
+    """
+    points = _points("normalizer_distance", "points68", points68)
+    count = points.shape[1]
+    if kind == "inter_ocular":
+        if count not in OUTER_EYE_CORNERS:
+            raise ValueError(
+                f"normalizer_distance: points68 must have 68, 98 or 29 points for 'inter_ocular', got {count}"
+            )
+        right, left = OUTER_EYE_CORNERS[count]
+        return torch.linalg.vector_norm(points[:, right] - points[:, left], dim=-1)
+    if kind == "inter_pupil":
+        if count != 68:
+            raise ValueError(f"normalizer_distance: points68 must have 68 points for 'inter_pupil', got {count}")
+        right_eye, left_eye = (points[:, eye].mean(dim=1) for eye in EYES_68)
+        return torch.linalg.vector_norm(right_eye - left_eye, dim=-1)
+    if kind == "box":
+        return (points.amax(dim=1) - points.amin(dim=1)).prod(dim=-1).sqrt()
+    raise ValueError(f"normalizer_distance: kind must be one of {', '.join(KINDS)}, got {kind!r}")
+
+
+def nme(pred: Array, target: Array, normalizer: str | Array | float) -> Tensor:
+    """Normalised mean error of each image: mean_k |p_k - g_k| / d.
+
+    Args:
+        pred: [B, P, 2] predicted points, pixels.
+        target: [B, P, 2] true points, pixels.
+        normalizer: one of `KINDS` (d from `target`), or d itself in pixels: [B], or one number for all images.
+
+    Returns:
+        [B] float64, a fraction. NaN where d is 0, negative or not finite, or any point is not finite.
+
+    Raises:
+        ValueError: shapes that are not [B, P, 2] or differ, no image, no point, unknown kind, or a normalizer that is
+            not [B].
+        TypeError: not floating-point.
+    """
+    p, g = _points("nme", "pred", pred), _points("nme", "target", target)
+    if p.shape != g.shape:
+        raise ValueError(f"nme: pred and target must have the same shape, got {list(p.shape)} and {list(g.shape)}")
+    if p.shape[0] == 0:
+        raise ValueError(f"nme: pred must hold at least one image, got an empty batch {list(p.shape)}")
+    distance = normalizer_distance(g, normalizer) if isinstance(normalizer, str) else _distance(normalizer, p.shape[0])
+    error = torch.linalg.vector_norm(p - g, dim=-1).mean(dim=-1) / distance.to(p.device)
+    valid = error.isfinite() & (distance.to(p.device) > 0)
+    return torch.where(valid & distance.to(p.device).isfinite(), error, torch.nan)
+
+
+def failure_rate(nme: Array, a: float) -> float:
+    """FR@a: the share of images with NME > a. An image whose NME is NaN counts as a failure.
+
+    Args:
+        nme: [B] fractions.
+        a: threshold, a fraction, > 0.
+
+    Raises:
+        ValueError: empty or not one-dimensional `nme`, or `a` not a positive finite number.
+
+    >>> import torch
+    >>> failure_rate(torch.tensor([0.02, 0.08, 0.09, float("nan")]), 0.08)
+    0.5
+    """
+    errors = _errors("failure_rate", nme, a)
+    return float((errors > a).double().mean())
+
+
+def auc(nme: Array, a: float) -> float:
+    """AUC@a: (1/a) times the integral of the cumulative error distribution from 0 to a, in [0, 1].
+
+    Computed as 1 - E[min(NME, a)] / a, which equals the integral exactly (`auc_from_ced` is the other side). An image
+    whose NME is NaN counts as a failure and adds nothing. Arguments and errors as `failure_rate`.
+
+    >>> import torch
+    >>> round(auc(torch.tensor([0.0, 0.04, 0.5]), 0.08), 6)
+    0.5
+    """
+    return float(1 - _errors("auc", nme, a).clamp(max=a).mean() / a)
+
+
+def ced(nme: Array, a: float, points: int = 1000) -> tuple[Tensor, Tensor]:
+    """Cumulative error distribution: the share of images with NME <= t, at `points` even thresholds t from 0 to a.
+
+    Returns:
+        thresholds [points] and fractions [points], float64; the last fraction is 1 - FR@a. NaN images are never
+        reached.
+
+    Raises:
+        ValueError: as `failure_rate`, or fewer than 2 points.
+    """
+    errors = _errors("ced", nme, a)
+    if points < 2:
+        raise ValueError(f"ced: points must be at least 2, got {points}")
+    thresholds = torch.linspace(0, a, points, dtype=torch.float64, device=errors.device)
+    thresholds[-1] = a
+    reached = torch.searchsorted(errors.sort().values, thresholds, right=True)
+    return thresholds, reached.double() / len(errors)
+
+
+def auc_from_ced(nme: Array, a: float) -> float:
+    """AUC@a by integrating the step function CED from 0 to a, step by step: the check on `auc`.
+
+    With e_1 <= ... <= e_m the errors below a, e_(m+1) = a and B images, the CED is i / B on [e_i, e_(i+1)).
+    """
+    errors = _errors("auc_from_ced", nme, a)
+    below = errors[errors < a].sort().values
+    edges = torch.cat([below, below.new_tensor([a])])
+    heights = torch.arange(1, len(below) + 1, dtype=torch.float64, device=errors.device) / len(errors)
+    return float((heights * edges.diff()).sum() / a)
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """What `evaluate` found. Printed names carry the normaliser and the threshold.
+
+    nme: mean over the images whose NME is a number, a fraction (NaN if there is none). failure_rate, auc: fractions
+    over all images. invalid: images whose NME is NaN; they are failures in failure_rate and auc.
+
+    >>> print(Metrics(0.0531, 0.1, 0.4, "inter_ocular", 0.08, 20, 0))
+    NME[inter_ocular] 5.31 %  FR@0.08[inter_ocular] 10.00 %  AUC@0.08[inter_ocular] 40.00 %  (20 images)
+    """
+
+    nme: float
+    failure_rate: float
+    auc: float
+    normalizer: str
+    threshold: float
+    images: int
+    invalid: int
+
+    def as_dict(self) -> dict[str, float]:
+        """Fractions (not %) and counts by their full names, e.g. {"NME[box]": 0.05, ..., "images": 20}."""
+        name, at = self.normalizer, f"{self.threshold:g}"
+        return {
+            f"NME[{name}]": self.nme,
+            f"FR@{at}[{name}]": self.failure_rate,
+            f"AUC@{at}[{name}]": self.auc,
+            "images": self.images,
+            "invalid": self.invalid,
+        }
+
+    def __str__(self) -> str:
+        values = {key: value for key, value in self.as_dict().items() if key not in ("images", "invalid")}
+        text = "  ".join(f"{key} {100 * value:.2f} %" for key, value in values.items())
+        unit = "image" if self.images == 1 else "images"
+        invalid = f", {self.invalid} without an NME: failures, not in the mean" if self.invalid else ""
+        return f"{text}  ({self.images} {unit}{invalid})"
+
+
+def evaluate(pred: Array, target: Array, normalizer: str | Array | float, threshold: float = 0.08) -> Metrics:
+    """NME, FR@threshold and AUC@threshold of a batch, with names that say how they were normalised.
+
+    Args:
+        pred, target, normalizer: as `nme`; a normalizer given as distances is printed as "given".
+        threshold: fraction, > 0.
+
+    Raises:
+        ValueError, TypeError: as `nme` and `failure_rate`.
+    """
+    errors = nme(pred, target, normalizer)
+    name = normalizer if isinstance(normalizer, str) else "given"
+    return Metrics(
+        nme=float(errors.nanmean()),
+        failure_rate=failure_rate(errors, threshold),
+        auc=auc(errors, threshold),
+        normalizer=name,
+        threshold=threshold,
+        images=len(errors),
+        invalid=int(errors.isnan().sum()),
+    )
+
+
+def _points(function: str, argument: str, value: Array) -> Tensor:
+    points = _floating(function, argument, value)
+    if points.dim() != 3 or points.shape[1] == 0 or points.shape[2] != 2:
+        raise ValueError(f"{function}: {argument} must be [B, P, 2] with P > 0, got {list(points.shape)}")
+    return points
+
+
+def _floating(function: str, argument: str, value: Array) -> Tensor:
+    if not isinstance(value, Tensor | np.ndarray):
+        raise TypeError(f"{function}: {argument} must be a tensor or a numpy array, got {type(value).__name__}")
+    tensor = torch.as_tensor(value).detach()
+    if not tensor.is_floating_point():
+        raise TypeError(f"{function}: {argument} must be floating-point, got {tensor.dtype}")
+    return tensor.double()
+
+
+def _distance(normalizer: Array | float, images: int) -> Tensor:
+    if isinstance(normalizer, int | float):
+        return torch.full((images,), float(normalizer), dtype=torch.float64)
+    distance = _floating("nme", "normalizer", normalizer)
+    if distance.shape != (images,):
+        raise ValueError(f"nme: normalizer must be [{images}], one distance an image, got {list(distance.shape)}")
+    return distance
+
+
+def _errors(function: str, value: Array, a: float) -> Tensor:
+    """[B] float64 with NaN replaced by inf: a failure at every threshold."""
+    errors = _floating(function, "nme", value)
+    if errors.dim() != 1 or len(errors) == 0:
+        raise ValueError(f"{function}: nme must be [B] with B > 0, got {list(errors.shape)}")
+    if not 0 < a < float("inf"):
+        raise ValueError(f"{function}: a must be a positive finite number, got {a}")
+    if bool((errors < 0).any()):
+        raise ValueError(f"{function}: nme must be non-negative, got {float(errors.nan_to_num(0).min())}")
+    return errors.nan_to_num(nan=float("inf"), posinf=float("inf"))
