@@ -135,7 +135,7 @@ std::tuple<Tensor, Tensor> pool_kl_loss(const Tensor& prob_, const Tensor& pool_
     const Rows<T> rows(op, prob, points, weight, images, landmarks, canvas.height, canvas.width, canvas.leaves, sigma,
                        radius);
     Tensor loss = new_empty(prob, {images, landmarks});
-    Tensor grad = new_empty(prob, {images, landmarks, need_grad ? canvas.leaves : 0});
+    Tensor grad = new_output(prob, {images, landmarks, need_grad ? canvas.leaves : 0});
     const PoolKlLossParams<T> params{rows.at, prob.const_data_ptr<T>(), pool.const_data_ptr<T>(), T(eps),
                                      loss.mutable_data_ptr<T>(), need_grad ? grad.mutable_data_ptr<T>() : nullptr};
     if (!rows.at.rows) return {loss, grad};
@@ -215,7 +215,7 @@ Tensor pool_kl_statistics(const Tensor& prob, const Tensor& pool, const Tensor& 
                           double sigma, int64_t radius, double eps) {
   const char* op = "pool_kl_statistics";
   const Canvas c = check_pool(op, pool);
-  Tensor out = new_empty(pool, {c.height, c.width, c.leaves});
+  Tensor out = new_output(pool, {c.height, c.width, c.leaves});
   scatter(op, Scatter::statistics, prob, pool, points, weight, c.height, c.width, sigma, radius, eps, out, false);
   return out;
 }
@@ -235,7 +235,7 @@ Tensor pool_kl_loss_backward_pool(const Tensor& prob, const Tensor& pool, const 
                                   const OptionalTensor& weight, double sigma, int64_t radius, double eps) {
   const char* op = "pool_kl_loss_backward_pool";
   const Canvas c = check_pool(op, pool);
-  Tensor out = new_empty(pool, {c.height, c.width, c.leaves});
+  Tensor out = new_output(pool, {c.height, c.width, c.leaves});
   scatter(op, Scatter::gradient, prob, pool, points, weight, c.height, c.width, sigma, radius, eps, out, false);
   return out;
 }
@@ -243,7 +243,7 @@ Tensor pool_kl_loss_backward_pool(const Tensor& prob, const Tensor& pool, const 
 Tensor pool_l2_cross(const Tensor& prob, const Tensor& points, const OptionalTensor& weight, int64_t height,
                      int64_t width, double sigma, int64_t radius) {
   check_prob("pool_l2_cross", prob, -1);
-  Tensor out = new_empty(prob, {height, width, prob.size(2)});
+  Tensor out = new_output(prob, {height, width, prob.size(2)});
   scatter("pool_l2_cross", Scatter::cross, prob, std::nullopt, points, weight, height, width, sigma, radius, 0, out,
           false);
   return out;
@@ -259,7 +259,7 @@ std::tuple<Tensor, Tensor> pool_l2_target(const Tensor& pool_, const Tensor& poi
     using T = decltype(zero);
     const int64_t images = points.size(0), landmarks = points.size(1);
     const Rows<T> rows(op, pool, points, weight, images, landmarks, c.height, c.width, c.leaves, sigma, radius);
-    Tensor target = new_empty(pool, {images, landmarks, c.leaves}), square = new_empty(pool, {images, landmarks});
+    Tensor target = new_output(pool, {images, landmarks, c.leaves}), square = new_empty(pool, {images, landmarks});
     const PoolGatherParams<T> params{rows.at, pool.const_data_ptr<T>(), target.mutable_data_ptr<T>(),
                                      square.mutable_data_ptr<T>()};
     if (!rows.at.rows) return {target, square};

@@ -17,6 +17,7 @@ constexpr int64_t kBlockBytes = 32 * 1024;    // leaves of a run of pixels, with
 constexpr int kMaxBlock = 16;                 // pixels in a run
 constexpr int kWide = FF_VECTOR_BYTES == 64 ? 4 : 2;  // vectors held per pixel by the scatter (32 or 16 registers)
 constexpr int kScatterBlock = 4;              // pixels of a scatter run
+constexpr int kFewRows = 6;                   // rows up to which a scatter goes pixel by pixel
 
 template <class T>
 class Buffer {
@@ -178,7 +179,7 @@ void kl_group(const PoolKlLossParams<T>& a, Row<T>* rows, int count, T* yhat, in
   if (a.grad_prob)
     for (int r = 0; r < count; ++r) std::memset(a.grad_prob + rows[r].index * leaves, 0, sizeof(T) * leaves);
   for (int y = ys.begin; y < ys.end; ++y)
-    for (int x = xs.begin; x < xs.end; x += block)
+    for (int x = xs.begin; x < xs.end; x += block) {
       for (int r = 0; r < count; ++r) {
         const Row<T>& row = rows[r];
         const Span run = overlap({x, x + block}, row.x);
@@ -193,6 +194,7 @@ void kl_group(const PoolKlLossParams<T>& a, Row<T>* rows, int count, T* yhat, in
         for (int i = 0; i < n; ++i) factor[i] = kl_ratio(gy * row.gx[run.begin - row.x.begin + i], out[i], a.eps);
         add_run(factor, q, leaves, n, a.grad_prob + row.index * leaves);
       }
+    }
   for (int r = 0; r < count; ++r) {
     const Row<T>& row = rows[r];
     const int width = int(length(row.x));
@@ -270,14 +272,41 @@ FF_INLINE void scatter_leaves(const PoolScatterParams<T>& a, const T* const* p, 
       for (int u = 0; u < kVectors; ++u) acc[i][u] += f * v[u];
     }
   }
+  const int64_t leaves = a.at.leaves;
+  const bool times_pool = a.times_pool, accumulate = a.accumulate;
+  const T scale = a.scale;
   for (int i = 0; i < pixels; ++i)
     for (int u = 0; u < kVectors; ++u) {
-      const int64_t at = i * a.at.leaves + n + u * L;
-      Vector<T> s = acc[i][u] * a.scale;
-      if (a.times_pool) s *= load(q + at);
-      if (a.accumulate) s += load(out + at);
+      const int64_t at = i * leaves + n + u * L;
+      Vector<T> s = acc[i][u] * scale;
+      if (times_pool) s *= load(q + at);
+      if (accumulate) s += load(out + at);
       store(out + at, s);
     }
+}
+
+// Few rows: memory decides, and one pixel after the other is the order in which the hardware foresees it.
+template <class T>
+FF_INLINE void scatter_pixel(const PoolScatterParams<T>& a, const T* const* __restrict__ p, const T* __restrict__ factor,
+                             int rows, const T* __restrict__ q, T* __restrict__ out) {
+  constexpr int L = kLanes<T>;
+  const int64_t leaves = a.at.leaves;
+  const bool times_pool = a.times_pool, accumulate = a.accumulate;
+  const T scale = a.scale;
+  int64_t n = 0;
+  for (; n + L <= leaves; n += L) {
+    Vector<T> s{};
+    for (int r = 0; r < rows; ++r) s += broadcast<T>(factor[r * kScatterBlock] * scale) * load(p[r] + n);
+    if (times_pool) s *= load(q + n);
+    if (accumulate) s += load(out + n);
+    store(out + n, s);
+  }
+  for (; n < leaves; ++n) {
+    T s = 0;
+    for (int r = 0; r < rows; ++r) s += factor[r * kScatterBlock] * scale * p[r][n];
+    if (times_pool) s *= q[n];
+    out[n] = accumulate ? out[n] + s : s;
+  }
 }
 
 template <class T>
@@ -285,6 +314,10 @@ void scatter_run(const PoolScatterParams<T>& a, const T* const* p, const T* fact
                  T* out) {
   constexpr int L = kLanes<T>;
   const int64_t leaves = a.at.leaves;
+  if (rows <= kFewRows) {
+    for (int i = 0; i < pixels; ++i) scatter_pixel(a, p, factor + i, rows, q + i * leaves, out + i * leaves);
+    return;
+  }
   int64_t n = 0;
   for (; n + kWide * L <= leaves; n += kWide * L) scatter_leaves<T, kWide>(a, p, factor, rows, pixels, q, out, n);
   for (; n + L <= leaves; n += L) scatter_leaves<T, 1>(a, p, factor, rows, pixels, q, out, n);
