@@ -38,10 +38,12 @@ check: build
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
-	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' | xargs $(PY) -m clang_format_check
+	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' | xargs $(dir $(PY))clang-format --dry-run --Werror
 
 bench: build
-	$(PY) -m bench
+	PYTHONPATH=. MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=67108864 \
+	  $(PY) -m pytest -s bench/bench_pool.py bench/bench_heatmap.py
+	PYTHONPATH=. $(PY) bench/canvas.py
 
 gpu:
 	bash bench/gpu.sh

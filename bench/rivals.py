@@ -1,0 +1,96 @@
+"""What an expert writes in PyTorch for the same work: dense, vectorised, target rendering included."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def axis_weights(centre: Tensor, size: int, sigma: float) -> Tensor:
+    """Gaussian weights of one axis that sum to 1, [R, size]."""
+    h = torch.arange(size, dtype=centre.dtype, device=centre.device)
+    return torch.softmax((h - centre.unsqueeze(-1)).square() * (-0.5 / sigma**2), -1)
+
+
+def dense_target(points: Tensor, height: int, width: int, sigma: float) -> Tensor:
+    gx, gy = axis_weights(points[:, 0], width, sigma), axis_weights(points[:, 1], height, sigma)
+    return (gy.unsqueeze(2) * gx.unsqueeze(1)).flatten(1)
+
+
+def pool_kl_full(prob: Tensor, leaves: Tensor, points: Tensor, height: int, width: int, sigma: float) -> Tensor:
+    """prob [R, N], leaves [N, H W]: entropy of the separable target minus the dense cross term."""
+    gx, gy = axis_weights(points[:, 0], width, sigma), axis_weights(points[:, 1], height, sigma)
+    target = (gy.unsqueeze(2) * gx.unsqueeze(1)).flatten(1)
+    entropy = torch.special.xlogy(gx, gx).sum() + torch.special.xlogy(gy, gy).sum()
+    return (entropy - (target * (prob @ leaves).log()).sum()) / len(prob)
+
+
+def pool_kl_div(prob: Tensor, leaves: Tensor, points: Tensor, height: int, width: int, sigma: float) -> Tensor:
+    return F.kl_div((prob @ leaves).log(), dense_target(points, height, width, sigma), reduction="batchmean")
+
+
+def pool_kl_separable(prob: Tensor, leaves: Tensor, points: Tensor, height: int, width: int, sigma: float) -> Tensor:
+    """The target is never formed: gy^T log(yhat) gx."""
+    gx, gy = axis_weights(points[:, 0], width, sigma), axis_weights(points[:, 1], height, sigma)
+    logs = (prob @ leaves).log().view(-1, height, width)
+    cross = torch.bmm(torch.bmm(gy.unsqueeze(1), logs), gx.unsqueeze(2)).sum()
+    entropy = torch.special.xlogy(gx, gx).sum() + torch.special.xlogy(gy, gy).sum()
+    return (entropy - cross) / len(prob)
+
+
+def pool_bounding(prob: Tensor, leaves: Tensor, points: Tensor, height: int, width: int, sigma: float) -> Tensor:
+    """One dense leaf update."""
+    fresh = leaves * (prob.T @ (dense_target(points, height, width, sigma) / (prob @ leaves)))
+    return fresh / fresh.sum(-1, keepdim=True)
+
+
+def pool_bounding_inplace(
+    prob: Tensor, leaves: Tensor, points: Tensor, height: int, width: int, sigma: float
+) -> Tensor:
+    gx, gy = axis_weights(points[:, 0], width, sigma), axis_weights(points[:, 1], height, sigma)
+    ratio = (prob @ leaves).reciprocal_().view(-1, height, width).mul_(gx.unsqueeze(1)).mul_(gy.unsqueeze(2))
+    fresh = (prob.T @ ratio.flatten(1)).mul_(leaves)
+    return fresh.div_(fresh.sum(-1, keepdim=True))
+
+
+def soft_argmax_gemm(heatmap: Tensor, beta: float, grid: Tensor) -> Tensor:
+    """grid [H W, 2] of (x, y)."""
+    return torch.softmax(heatmap.flatten(2) * beta, -1) @ grid
+
+
+def soft_argmax_marginals(heatmap: Tensor, beta: float, grid: Tensor) -> Tensor:
+    height, width = heatmap.shape[-2:]
+    p = torch.softmax(heatmap.flatten(2) * beta, -1).view(heatmap.shape)
+    x, y = grid[:width, 0], grid[::width, 1]
+    return torch.stack([p.sum(-2) @ x, p.sum(-1) @ y], -1)
+
+
+def soft_argmax_unnormalised(heatmap: Tensor, beta: float, grid: Tensor) -> Tensor:
+    """exp, one GEMM with (x, y, 1), division last."""
+    flat = heatmap.flatten(2)
+    e = ((flat - flat.detach().amax(-1, keepdim=True)) * beta).exp()
+    sums = e @ torch.cat([grid, torch.ones_like(grid[:, :1])], 1)
+    return sums[..., :2] / sums[..., 2:]
+
+
+def quarter_sign(heatmap: Tensor) -> tuple[Tensor, Tensor]:
+    height, width = heatmap.shape[-2:]
+    flat = heatmap.flatten(2)
+    score, index = flat.max(-1)
+    x, y = index % width, index // width
+    right, left = (index + 1).clamp_max(flat.shape[-1] - 1), (index - 1).clamp_min(0)
+    below, above = (index + width).clamp_max(flat.shape[-1] - 1), (index - width).clamp_min(0)
+    near = flat.gather(-1, torch.stack([right, left, below, above], -1))
+    dx = torch.where((x > 0) & (x < width - 1), (near[..., 0] - near[..., 1]).sign(), 0.0)
+    dy = torch.where((y > 0) & (y < height - 1), (near[..., 2] - near[..., 3]).sign(), 0.0)
+    return torch.stack([x + 0.25 * dx, y + 0.25 * dy], -1), score
+
+
+def render(points: Tensor, height: int, width: int, sigma: float) -> Tensor:
+    """points [B, P, 2] -> [B, P, H, W], peak 1, as an outer product."""
+    x = torch.arange(width, dtype=points.dtype, device=points.device)
+    y = torch.arange(height, dtype=points.dtype, device=points.device)
+    gx = ((x - points[..., :1]).square() * (-0.5 / sigma**2)).exp()
+    gy = ((y - points[..., 1:]).square() * (-0.5 / sigma**2)).exp()
+    return gy.unsqueeze(-1) * gx.unsqueeze(-2)

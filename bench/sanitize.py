@@ -1,0 +1,38 @@
+"""Every CUDA operator once on small odd sizes, for compute-sanitizer."""
+
+from __future__ import annotations
+
+import torch
+
+import fastforest as ff
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    device = torch.device("cuda")
+    for height, width, leaves, sigma in ((9, 11, 7, 1.0), (33, 20, 68, 2.0), (1, 1, 1, 1.0)):
+        pool = torch.rand(height, width, leaves, device=device) + 0.05
+        pool = (pool / pool.sum((0, 1))).requires_grad_()
+        prob = torch.softmax(torch.randn(2, 5, leaves, device=device), -1).requires_grad_()
+        points = torch.rand(2, 5, 2, device=device) * 12 - 2
+        weight = torch.rand(2, 5, device=device)
+        (ff.pool_kl_loss(prob, pool, points, sigma, weight=weight).sum()).backward()
+        (ff.pool_l2_loss(prob, pool, points, sigma, weight=weight).sum()).backward()
+        out = torch.zeros(height, width, leaves, device=device)
+        ff.pool_kl_statistics(prob, pool, points, sigma, weight=weight, out=out)
+        ff.pool_l2_statistics(prob, points, sigma, (height, width), weight=weight)
+        ff.pool_expectation(prob, pool)
+        for refine in ("none", "quarter_sign", "quarter_second"):
+            ff.pool_peak(prob, pool, refine)
+            ff.peak(torch.rand(2, 5, height, width, device=device), refine)
+        marks = points.detach().clone().requires_grad_()
+        ff.render_gaussian(marks, sigma, (height, width)).sum().backward()
+        for window in (None, 2):
+            heatmap = torch.randn(2, 5, height, width, device=device, requires_grad=True)
+            ff.soft_argmax(heatmap, 3.0, window=window).sum().backward()
+    torch.cuda.synchronize()
+    print("every operator ran")
+
+
+if __name__ == "__main__":
+    main()
