@@ -4,6 +4,7 @@
 >>> head = ff.nn.LeafPool(in_features=256, landmarks=68, leaves=512, size=(64, 64), sigma=2.0)
 """
 
+from fastforest.ops.heatmap import Peak, peak, render_gaussian, soft_argmax
 from fastforest.ops.pool import (
     PoolUpdate,
     pool_expectation,

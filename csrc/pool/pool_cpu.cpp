@@ -204,9 +204,9 @@ void kl_group(const PoolKlLossParams<T>& a, Row<T>* rows, int count, T* yhat, in
       Vector<T> line{};
       for (int x = 0; x < width; x += kLanes<T>) {
         const int rest = smaller(kLanes<T>, width - x);
-        const Vector<T> v = load_partial(out + x, rest, T(1));
-        const Vector<T> floor = broadcast<T>(a.eps);
-        line += load_partial(row.gx + x, rest) * log(v < floor ? floor : v + (v - v));
+        const Vector<T> raw = load_partial(out + x, rest, T(1)), floor = broadcast<T>(a.eps);
+        const Vector<T> v = raw + (raw - raw);  // as `defined`
+        line += load_partial(row.gx + x, rest) * log(v < floor ? floor : v);
       }
       cross += row.gy[y] * sum<T>(line);
     }

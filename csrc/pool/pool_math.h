@@ -36,15 +36,23 @@ FF_HD T axis_log_max(Span span, T centre, T inverse_variance) {
   return axis_log(h, centre, inverse_variance);
 }
 
-// Weighted gradient factor y / yhat of one pixel, 0 where eps floors yhat; NaN and infinities of yhat become NaN.
+// yhat itself, NaN where it is infinite: a broken row stays visible even below the floor.
+template <class T>
+FF_HD T defined(T yhat) {
+  return yhat + (yhat - yhat);
+}
+
+// Gradient factor y / yhat of one pixel, 0 where eps floors yhat.
 template <class T>
 FF_HD T kl_ratio(T y, T yhat, T eps) {
-  return yhat < eps ? T(0) : y / (yhat + (yhat - yhat));
+  const T v = defined(yhat);
+  return v < eps ? T(0) : y / v;
 }
 
 template <class T>
 FF_HD T floored(T yhat, T eps) {
-  return yhat < eps ? eps : yhat + (yhat - yhat);
+  const T v = defined(yhat);
+  return v < eps ? eps : v;
 }
 
 // Rows sorted by this key stand near one another on the canvas: cells of 2^shift pixels along a Morton curve.

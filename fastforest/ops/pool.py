@@ -13,8 +13,10 @@ taken in a fixed order. Nothing waits for the GPU; CUDA graphs can capture every
 
 from __future__ import annotations
 
+import functools
 import math
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +24,8 @@ from torch import Tensor
 from fastforest.ops._checks import check_choice, check_number, check_same, check_tensor, compute_dtype
 from fastforest.ops._register import op, register
 
+P = ParamSpec("P")
+R = TypeVar("R")
 _REFINE = ("none", "quarter_sign", "quarter_second")
 
 
@@ -30,6 +34,18 @@ class PoolUpdate(NamedTuple):
 
     pool: Tensor
     dead: int
+
+
+def _full_precision(function: Callable[P, R]) -> Callable[P, R]:
+    """Autocast would run the matrix products between the kernels in low precision."""
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        tensor = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
+        with torch.autocast("cpu" if tensor is None else tensor.device.type, enabled=False):
+            return function(*args, **kwargs)
+
+    return call
 
 
 def pool_kl_loss(
@@ -152,6 +168,7 @@ def pool_kl_update(statistics: Tensor, pool: Tensor, *, min_mass: float = 0.0) -
     return PoolUpdate(fresh.to(pool.dtype), dead)
 
 
+@_full_precision
 def pool_l2_loss(
     prob: Tensor,
     pool: Tensor,
@@ -194,9 +211,11 @@ def pool_l2_loss(
     seen = square != 0
     selected = torch.where(seen.unsqueeze(-1), prob, 0.0)
     loss = square + (selected * (selected @ gram - 2 * target)).sum(-1)
+    loss = loss + (loss - loss)  # an infinite row is NaN
     return loss if weight is None else loss * torch.where(seen, weight, 0.0)
 
 
+@_full_precision
 def pool_l2_statistics(
     prob: Tensor,
     points: Tensor,
@@ -267,6 +286,7 @@ def pool_l2_update(gram: Tensor, cross: Tensor, *, ridge: float = 1e-6, simplex:
     return PoolUpdate(solution.T.reshape(cross.shape).to(cross.dtype).contiguous(), int((diagonal <= 0).sum()))
 
 
+@_full_precision
 def pool_expectation(prob: Tensor, pool: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and covariance of each landmark's mixture: the soft-argmax, linear in the leaves.
 
@@ -318,6 +338,7 @@ def pool_peak(prob: Tensor, pool: Tensor, refine: str = "none") -> tuple[Tensor,
     return op("pool_peak")(prob.detach(), pool.detach(), _REFINE.index(refine))
 
 
+@_full_precision
 def pool_heatmap(prob: Tensor, pool: Tensor) -> Tensor:
     """The mixture heatmaps themselves, ``yhat(h) = sum_n p_n q(h, n)``, [B, P, H, W]: to look at, not to train with."""
     prob, pool = _mixture("pool_heatmap", prob, pool)

@@ -61,6 +61,7 @@ def pool_kl_loss(
     points, weight = _visible(points, weight)
     target, inside = window_target(points, sigma, truncate, (pool.shape[0], pool.shape[1]))
     yhat = pool_heatmap(prob, pool)
+    yhat = yhat + (yhat - yhat)  # an infinite mixture is NaN
     floored = torch.where(yhat < eps, torch.full_like(yhat, eps), yhat)
     terms = torch.special.xlogy(target, target) - target * torch.where(inside, floored, 1.0).log()
     loss = torch.where(inside, terms, 0.0).sum((-2, -1))
@@ -105,6 +106,7 @@ def pool_l2_loss(
     points, weight = _visible(points, weight)
     target, inside = window_target(points, sigma, truncate, (pool.shape[0], pool.shape[1]))
     loss = ((target - pool_heatmap(prob, pool)) ** 2).sum((-2, -1))
+    loss = loss + (loss - loss)  # an infinite row is NaN
     finite = points.isfinite().all(-1)
     loss = torch.where(inside.flatten(-2).any(-1) | ~finite, loss, torch.zeros_like(loss))
     loss = torch.where(finite, loss, torch.nan)
