@@ -26,7 +26,9 @@ def torch_folder() -> Path:
 def find_nvcc() -> str | None:
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     candidates = [f"{home}/bin/nvcc"] if home else []
-    return next((c for c in [*candidates, shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc"] if c and Path(c).exists()), None)
+    return next(
+        (c for c in [*candidates, shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc"] if c and Path(c).exists()), None
+    )
 
 
 def cuda_compiler() -> str | None:

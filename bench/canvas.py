@@ -46,7 +46,9 @@ def main(path: Path) -> None:
     axes.set(xscale="log", yscale="log", xlabel="canvas side (pixels)", ylabel="milliseconds")
     axes.set_xticks(SIDES, [str(s) for s in SIDES])
     axes.minorticks_off()
-    axes.set_title(f"pool_kl_loss forward + backward\nB {BATCH}, P {LANDMARKS}, N {LEAVES}, sigma {SIGMA:g}", fontsize=10)
+    axes.set_title(
+        f"pool_kl_loss forward + backward\nB {BATCH}, P {LANDMARKS}, N {LEAVES}, sigma {SIGMA:g}", fontsize=10
+    )
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     figure.tight_layout()

@@ -185,7 +185,8 @@ def markdown(about: dict[str, Any], rows: list[Row]) -> str:
         f"copy {rates['copy_gbs']} GB/s, read {rates['read_gbs']} GB/s, GEMM {rates['gemm_gfs']} GF/s (float32). "
         "Milliseconds, median of interleaved turns [20 %, 80 %]; bars are the ratios the project set itself.",
         "",
-        "| operator | size | ours ms | floor ms | best eager ms | best compile ms | x eager | x compile | bars | error | peak MB ours / least rival |",
+        "| operator | size | ours ms | floor ms | best eager ms | best compile ms | x eager | x compile | bars | error "
+        "| peak MB ours / least rival |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
@@ -193,14 +194,14 @@ def markdown(about: dict[str, Any], rows: list[Row]) -> str:
             f"{kind} {bar:g}x {'met' if row.ratio(kind) >= bar else f'MISSED ({row.ratio(kind):.2f}x)'}"
             for kind, bar in row.bars.items()
         ]
-        memory = ""
+        memory, error = "", "" if row.error is None else f"{row.error:.1e}"
         if row.peak_mb:
             least = min(v for k, v in row.peak_mb.items() if k != "ours")
             memory = f"{row.peak_mb['ours']:.1f} / {least:.1f}"
         lines.append(
             f"| {row.what} | {row.case} | {row.ours['median']:.2f} [{row.ours['p20']:.2f}, {row.ours['p80']:.2f}] "
             f"| {row.floor_ms:.2f} | {row.best('eager'):.2f} | {row.best('compile'):.2f} | {row.ratio('eager'):.1f} "
-            f"| {row.ratio('compile'):.1f} | {', '.join(met)} | {'' if row.error is None else f'{row.error:.1e}'} | {memory} |"
+            f"| {row.ratio('compile'):.1f} | {', '.join(met)} | {error} | {memory} |"
         )
     return "\n".join(lines) + "\n"
 

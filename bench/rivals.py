@@ -60,7 +60,7 @@ def soft_argmax_gemm(heatmap: Tensor, beta: float, grid: Tensor) -> Tensor:
 
 
 def soft_argmax_marginals(heatmap: Tensor, beta: float, grid: Tensor) -> Tensor:
-    height, width = heatmap.shape[-2:]
+    width = heatmap.shape[-1]
     p = torch.softmax(heatmap.flatten(2) * beta, -1).view(heatmap.shape)
     x, y = grid[:width, 0], grid[::width, 1]
     return torch.stack([p.sum(-2) @ x, p.sum(-1) @ y], -1)

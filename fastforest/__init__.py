@@ -1,21 +1,16 @@
 """Differentiable regression forests and heatmap heads for PyTorch, as fused CPU and CUDA operators.
 
+Operators stand here (`ff.pool_kl_loss`), layers in `ff.nn`; `fastforest.data`, `metrics`, `models` and `training` are
+imported by name.
+
 >>> import fastforest as ff
->>> head = ff.nn.LeafPool(in_features=256, landmarks=68, leaves=512, size=(64, 64), sigma=2.0)
+>>> head = ff.nn.LeafPool(in_features=256, landmarks=68, leaves=64, size=(32, 32), sigma=2.0)
+>>> head(torch.rand(4, 256)).shape
+torch.Size([4, 68, 2])
 """
 
-from fastforest.ops.heatmap import Peak, peak, render_gaussian, soft_argmax
-from fastforest.ops.pool import (
-    PoolUpdate,
-    pool_expectation,
-    pool_heatmap,
-    pool_kl_loss,
-    pool_kl_statistics,
-    pool_kl_update,
-    pool_l2_loss,
-    pool_l2_statistics,
-    pool_l2_update,
-    pool_peak,
-)
+from fastforest import nn
+from fastforest.ops.heatmap import *
+from fastforest.ops.pool import *
 
 __version__ = "0.1.0"

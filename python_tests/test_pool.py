@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 
+import contract
 import pytest
 import torch
-
-import contract
 from contract import Case, Operator
 
 import fastforest as ff
@@ -17,7 +16,9 @@ OPERATORS = {
     "kl_loss": Operator(ff.pool_kl_loss, exact.pool_kl_loss, ("prob", "points", "weight")),
     "l2_loss": Operator(ff.pool_l2_loss, exact.pool_l2_loss, ("prob", "points", "weight"), fused=False),
     "kl_statistics": Operator(ff.pool_kl_statistics, exact.pool_kl_statistics, ("prob", "points", "weight")),
-    "l2_statistics": Operator(ff.pool_l2_statistics, exact.pool_l2_statistics, ("prob", "points", "weight"), fused=False),
+    "l2_statistics": Operator(
+        ff.pool_l2_statistics, exact.pool_l2_statistics, ("prob", "points", "weight"), fused=False
+    ),
     "expectation": Operator(ff.pool_expectation, exact.pool_expectation, ("prob",), fused=False),
     "peak": Operator(ff.pool_peak, exact.pool_peak, ("prob",)),
     "heatmap": Operator(ff.pool_heatmap, exact.pool_heatmap, ("prob",), fused=False),
@@ -129,6 +130,7 @@ def test_contract_opcheck(sample):
 
 
 P, Q, X = torch.rand(2, 3, 4), torch.rand(5, 6, 4), torch.rand(2, 3, 2)
+STRIDED = Q.transpose(0, 1).contiguous().transpose(0, 1)
 ERRORS = [
     (lambda: ff.pool_kl_loss(1.0, Q, X, 1.0), TypeError, r"pool_kl_loss: prob must be a tensor \[B, P, N\], got float"),
     (lambda: ff.pool_kl_loss(P.long(), Q, X, 1.0), TypeError, "prob must be float32, float64, .* got int64"),
@@ -146,7 +148,11 @@ ERRORS = [
     (lambda: ff.pool_kl_loss(P, Q, X.to("meta"), 1.0), ValueError, "points must be on cpu .* got meta"),
     (lambda: ff.pool_l2_loss(P, Q, X, 1.0, gram=torch.ones(3, 3)), ValueError, r"pool_l2_loss: gram must be \[4, 4\]"),
     (lambda: ff.pool_kl_statistics(P, Q, X, 1.0, out=Q[:4].clone()), ValueError, r"out must be \[5, 6, 4\]"),
-    (lambda: ff.pool_kl_statistics(P, Q, X, 1.0, out=Q.clone().transpose(0, 1).contiguous().transpose(0, 1)), ValueError, "out must be contiguous"),
+    (
+        lambda: ff.pool_kl_statistics(P, Q, X, 1.0, out=STRIDED),
+        ValueError,
+        "out must be contiguous",
+    ),
     (lambda: ff.pool_kl_statistics(P, Q, X, 1.0, out=Q.double()), ValueError, "out's dtype must be torch.float32"),
     (lambda: ff.pool_l2_statistics(P, X, 1.0, 5), TypeError, r"size must be \(H, W\), got 5"),
     (lambda: ff.pool_l2_statistics(P, X, 1.0, (0, 5)), ValueError, r"size must be at least \(1, 1\)"),
@@ -275,7 +281,7 @@ def test_eps_floors_the_mixture_and_stops_its_gradient():
 
 
 def test_one_hot_and_uniform_selections_and_single_leaf():
-    prob, pool, points = leaves_and_rows(2, 3, 6, 9, 9)
+    _, pool, points = leaves_and_rows(2, 3, 6, 9, 9)
     hot = torch.nn.functional.one_hot(torch.tensor([[0, 1, 2], [3, 4, 5]]), 6).double()
     for p in (hot, torch.full_like(hot, 1 / 6)):
         torch.testing.assert_close(ff.pool_kl_loss(p, pool, points, 1.0), exact.pool_kl_loss(p, pool, points, 1.0))

@@ -15,6 +15,8 @@ from torch import Tensor
 from fastforest.ops._checks import check_choice, check_number, check_same, check_tensor, compute_dtype
 from fastforest.ops._register import op, register
 
+__all__ = ["Peak", "peak", "render_gaussian", "soft_argmax"]
+
 REFINEMENTS = ("none", "quarter_sign", "quarter_second")
 
 
@@ -106,7 +108,7 @@ def soft_argmax(
     >>> z = torch.zeros(1, 1, 3, 5)
     >>> z[0, 0, 1, 3] = 10.0
     >>> soft_argmax(z, beta=2.0)
-    tensor([[[3.0000, 1.0000]]])
+    tensor([[[3., 1.]]])
     """
     name = "soft_argmax"
     _check_maps(name, heatmap)

@@ -24,6 +24,19 @@ from torch import Tensor
 from fastforest.ops._checks import check_choice, check_number, check_same, check_tensor, compute_dtype
 from fastforest.ops._register import op, register
 
+__all__ = [
+    "PoolUpdate",
+    "pool_expectation",
+    "pool_heatmap",
+    "pool_kl_loss",
+    "pool_kl_statistics",
+    "pool_kl_update",
+    "pool_l2_loss",
+    "pool_l2_statistics",
+    "pool_l2_update",
+    "pool_peak",
+]
+
 P = ParamSpec("P")
 R = TypeVar("R")
 _REFINE = ("none", "quarter_sign", "quarter_second")
@@ -303,7 +316,7 @@ def pool_expectation(prob: Tensor, pool: Tensor) -> tuple[Tensor, Tensor]:
     Cost: 12 N flops a landmark, and one pass over the pool for its leaves' moments.
     """
     prob, pool = _mixture("pool_expectation", prob, pool)
-    height, width, leaves = pool.shape
+    height, width, _ = pool.shape
     x = torch.arange(width, dtype=pool.dtype, device=pool.device) - (width - 1) / 2
     y = torch.arange(height, dtype=pool.dtype, device=pool.device) - (height - 1) / 2
     by_x, by_y = pool.sum(0), pool.sum(1)
@@ -439,9 +452,7 @@ def _target_backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
     return op("pool_l2_cross")(grad, points, shown, *ctx.size, ctx.sigma, ctx.radius), None, None, None, None
 
 
-register(
-    "pool_kl_loss", fake=_kl_fake, save=_kl_save, backward=_kl_backward, batch=(0, 2, 3), autocast=torch.float32
-)
+register("pool_kl_loss", fake=_kl_fake, save=_kl_save, backward=_kl_backward, batch=(0, 2, 3), autocast=torch.float32)
 register("pool_kl_loss_backward_pool", fake=lambda prob, pool, *_: torch.empty_like(pool), batch=())
 register("pool_kl_statistics", fake=lambda prob, pool, *_: torch.empty_like(pool), batch=(), autocast=torch.float32)
 register("pool_kl_statistics_", fake=lambda *_: None)
