@@ -27,7 +27,7 @@ def _shim_loaded() -> bool:
 
 @pytest.fixture(params=["cpu", "shim", "cuda"])
 def backend(request: pytest.FixtureRequest) -> str:
-    """"cpu", "shim" (CUDA kernels run by the CPU) or "cuda"; a skip says what is missing."""
+    """ "cpu", "shim" (CUDA kernels run by the CPU) or "cuda"; a skip says what is missing."""
     if request.param == "shim" and not request.getfixturevalue("_shim_loaded"):
         pytest.skip("the host shim is not built (FASTFOREST_SHIM=1)")
     if request.param == "cuda":

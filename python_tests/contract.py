@@ -41,7 +41,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Operator:
-    """``function`` and ``reference`` take the inputs and options by keyword; an output is a tensor or a tuple of them."""
+    """``function`` and ``reference`` take the inputs and options by keyword; outputs are a tensor or a tuple of them."""
 
     function: Callable[..., Any]
     reference: Callable[..., Any]

@@ -110,26 +110,6 @@ FF_INLINE FloatVector exp(FloatVector x) {
   e = x > hi ? broadcast(INFINITY) : e;
   return x != x ? x : e;
 }
-// For arguments known to be at most 0 (a softmax after its maximum was taken away): fewer steps, NaN kept, 0 below -87.3.
-FF_INLINE FloatVector exp_nonpositive(FloatVector x) {
-  const FloatVector lo = broadcast(-87.33654f);
-  const FloatVector magic = broadcast(12582912.f);
-  const FloatVector c = x < lo ? lo : x;
-  const FloatVector t = c * 1.44269504f + magic;
-  const IntVector n = (IntVector)t - (IntVector)magic;
-  const FloatVector k = t - magic;
-  FloatVector r = c - k * 0.693359375f;
-  r = r - k * -2.12194440e-4f;
-  FloatVector p = broadcast(1.9875691500e-4f);
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.f;
-  const FloatVector e = (FloatVector)((IntVector)p + (n << 23));
-  return x < lo ? FloatVector{} : e;
-}
 FF_INLINE FloatVector log(FloatVector x) {
   // Subnormals are scaled into the normal range first.
   const IntVector small = x < 1.17549435e-38f;
@@ -161,7 +141,6 @@ FF_INLINE DoubleVector exp(DoubleVector x) {
   for (int i = 0; i < kLanes<double>; ++i) x[i] = std::exp(x[i]);
   return x;
 }
-FF_INLINE DoubleVector exp_nonpositive(DoubleVector x) { return exp(x); }
 FF_INLINE DoubleVector log(DoubleVector x) {
   for (int i = 0; i < kLanes<double>; ++i) x[i] = std::log(x[i]);
   return x;

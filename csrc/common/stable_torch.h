@@ -70,19 +70,23 @@ inline bool on_cuda(const Tensor&) { return false; }
 #define FF_HAS_CUDA_LAUNCHERS 1
 #endif
 
-// A large output, on huge pages where Linux grants them: touching 128 MiB of fresh memory in 4 KiB pages costs more
-// than the kernel that fills it (measured: 55 of 66 ms).
-inline Tensor new_output(const Tensor& like, std::initializer_list<int64_t> sizes) {
-  Tensor out = torch::stable::new_empty(like, std::vector<int64_t>(sizes));
+// Fresh memory comes page by page; huge pages make the first write of a large CPU output several times faster
+// (128 MiB of statistics: 55 of 66 ms were page faults).
+inline void prefer_huge_pages(const Tensor& t) {
 #if defined(__linux__)
-  constexpr uintptr_t kHuge = uintptr_t(2) << 20;
-  const uintptr_t bytes = uintptr_t(out.numel()) * out.element_size();
-  if (out.is_cpu() && bytes >= 4 * kHuge) {
-    const uintptr_t begin = (reinterpret_cast<uintptr_t>(out.data_ptr()) + kHuge - 1) / kHuge * kHuge;
-    const uintptr_t end = (reinterpret_cast<uintptr_t>(out.data_ptr()) + bytes) / kHuge * kHuge;
-    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-  }
+  const size_t bytes = size_t(t.numel()) * t.element_size();
+  if (t.is_cuda() || bytes < (size_t(4) << 20)) return;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(t.const_data_ptr()) + 4095) & ~uintptr_t(4095);
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(t.const_data_ptr()) + bytes) & ~uintptr_t(4095);
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)t;
 #endif
+}
+
+inline Tensor new_output(const Tensor& like, std::initializer_list<int64_t> sizes) {
+  const Tensor out = torch::stable::new_empty(like, std::vector<int64_t>(sizes));
+  prefer_huge_pages(out);
   return out;
 }
 

@@ -5,9 +5,6 @@
 #include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 #include "common/isa.h"
 #include "common/stable_torch.h"
@@ -51,7 +48,11 @@ bool pixel_major(const Tensor& t) { return !planar(t) && t.stride(1) == 1; }
 
 template <class T>
 Maps<T> maps_of(const Tensor& t) {
-  return {static_cast<T*>(const_cast<void*>(t.const_data_ptr())), t.stride(0), t.stride(1), t.stride(2), t.stride(3),
+  return {static_cast<T*>(const_cast<void*>(t.const_data_ptr())),
+          t.stride(0),
+          t.stride(1),
+          t.stride(2),
+          t.stride(3),
           pixel_major(t)};
 }
 
@@ -67,23 +68,10 @@ HeatmapSize size_of(const char* op, const Tensor& t) {
   HeatmapSize s{t.size(0), t.size(1), int(height), int(width), 0};
   if (!on_cuda(t) && pixel_major(t) && s.images > 0) {
     const int64_t enough = (2 * torch::stable::get_num_threads() + s.images - 1) / s.images;
-    s.chunks = std::max<int64_t>({1, (s.landmarks + kMostLandmarks - 1) / kMostLandmarks,
-                                  std::min(s.landmarks / kLeastLandmarks, enough)});
+    s.chunks = std::max<int64_t>(
+        {1, (s.landmarks + kMostLandmarks - 1) / kMostLandmarks, std::min(s.landmarks / kLeastLandmarks, enough)});
   }
   return s;
-}
-
-// The system hands out fresh memory page by page: huge pages make the first write of a large output several times faster.
-void prefer_huge_pages(const Tensor& t) {
-#if defined(__linux__)
-  const size_t bytes = size_t(t.numel()) * t.element_size();
-  if (on_cuda(t) || bytes < (size_t(4) << 20)) return;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(t.const_data_ptr()) + 4095) & ~uintptr_t(4095);
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(t.const_data_ptr()) + bytes) & ~uintptr_t(4095);
-  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#else
-  (void)t;
-#endif
 }
 
 // `cuda` and `cpu` name a launcher and a kernel of the table; only those of this build are instantiated.
@@ -101,8 +89,7 @@ void dispatch([[maybe_unused]] const char* op, [[maybe_unused]] const Tensor& on
 #endif
 #ifndef FF_HOST_SHIM
 #ifdef FF_X86
-  const HeatmapCpu<T>& table =
-      choose(baseline::heatmap_cpu<T>(), avx2::heatmap_cpu<T>(), avx512::heatmap_cpu<T>());
+  const HeatmapCpu<T>& table = choose(baseline::heatmap_cpu<T>(), avx2::heatmap_cpu<T>(), avx512::heatmap_cpu<T>());
 #else
   const HeatmapCpu<T>& table = baseline::heatmap_cpu<T>();
 #endif
@@ -123,15 +110,15 @@ void check_like(const char* op, const char* name, const Tensor& t, ScalarType ty
 template <class T>
 RenderParams<T> render_params(const Tensor& points, const OptionalTensor& sigmas, double sigma, HeatmapSize size,
                               bool normalized, double truncate) {
-  return {size,     data<T>(points), sigmas ? data<Compute<T>>(*sigmas) : nullptr, Compute<T>(sigma), truncate,
+  return {size,       data<T>(points), sigmas ? data<Compute<T>>(*sigmas) : nullptr, Compute<T>(sigma), truncate,
           normalized, nullptr};
 }
 
 HeatmapSize render_check(const char* op, const Tensor& points, const OptionalTensor& sigmas, int64_t height,
                          int64_t width) {
   FF_CHECK(points.dim() == 3 && points.size(2) == 2, op, ": points must be [B, P, 2], got ", shape(points));
-  FF_CHECK(height > 0 && width > 0 && height < (int64_t(1) << 30) / width, op, ": size must be positive, got (",
-           height, ", ", width, ")");
+  FF_CHECK(height > 0 && width > 0 && height < (int64_t(1) << 30) / width, op, ": size must be positive, got (", height,
+           ", ", width, ")");
   FF_CHECK(!on_cuda(points) || height + width <= kMostRenderCells, op, ": H + W must be at most ", kMostRenderCells,
            " on CUDA, got ", height + width);
   if (sigmas) {
@@ -228,8 +215,7 @@ std::tuple<Tensor, Tensor, Tensor> soft_argmax(const Tensor& heatmap_in, const O
   Tensor peak = new_empty(heatmap, {size.images, window < 0 ? 0 : size.landmarks}, ScalarType::Int);
   with_type(op, heatmap, [&](auto value) {
     using T = decltype(value);
-    const auto p =
-        soft_argmax_params<T>(heatmap, beta_value, beta, window, debias, size, points, normalizer, peak);
+    const auto p = soft_argmax_params<T>(heatmap, beta_value, beta, window, debias, size, points, normalizer, peak);
     dispatch<T>(
         op, heatmap, size, p, [](const auto& q, auto* stream) { return soft_argmax_cuda(q, stream); },
         [](const auto& table) { return table.soft_argmax; });
@@ -261,8 +247,7 @@ std::tuple<Tensor, Tensor> soft_argmax_backward(const Tensor& grad_points_in, co
   const bool alike = on_cuda(heatmap_in) || (planar(heatmap_in) && planar(grad_heatmap)) ||
                      (pixel_major(heatmap_in) && pixel_major(grad_heatmap));
   const Tensor heatmap = alike ? heatmap_in : torch::stable::contiguous(heatmap_in);
-  Tensor grad = alike ? grad_heatmap
-                      : new_empty(heatmap, {images, landmarks, heatmap_in.size(2), heatmap_in.size(3)});
+  Tensor grad = alike ? grad_heatmap : new_empty(heatmap, {images, landmarks, heatmap_in.size(2), heatmap_in.size(3)});
   const HeatmapSize size = size_of(op, heatmap);
   Tensor grad_beta = new_empty(heatmap, {images, needs_beta ? landmarks : 0}, type);
   prefer_huge_pages(grad);

@@ -38,10 +38,10 @@ struct RenderParams {
 
 template <class T>
 struct RenderBackwardParams {
-  RenderParams<T> forward;     // maps unused
-  Maps<const T> grad_maps;     // any strides
-  T* grad_points;              // [R, 2]
-  Compute<T>* grad_sigmas;     // [R]
+  RenderParams<T> forward;  // maps unused
+  Maps<const T> grad_maps;  // any strides
+  T* grad_points;           // [R, 2]
+  Compute<T>* grad_sigmas;  // [R]
 };
 
 template <class T>
@@ -84,7 +84,8 @@ struct HeatmapCpu {
   void (*peak)(const PeakParams<T>&, int64_t begin, int64_t end);
 };
 constexpr int64_t kMostLandmarks = 256;  // of a pixel-major chunk
-constexpr int64_t kLeastLandmarks = 32;  // unless the image has fewer: the last vector of a chunk may overlap the one before
+constexpr int64_t kLeastLandmarks =
+    32;  // unless the image has fewer: the last vector of a chunk may overlap the one before
 
 namespace baseline {
 template <class T>

@@ -38,8 +38,12 @@ FF_INLINE ShortVector narrow(const BFloat16*, FloatVector v) {  // round half to
   return __builtin_convertvector(v != v ? IntVector{} + 0x7fc0 : rounded, ShortVector);
 }
 #if defined(__AVX512F__)  // maskz: GCC 12 warns of the undefined source of the plain forms
-FF_INLINE FloatVector widen(const Half*, ShortVector h) { return (FloatVector)_mm512_maskz_cvtph_ps(0xffff, (__m256i)h); }
-FF_INLINE ShortVector narrow(const Half*, FloatVector v) { return (ShortVector)_mm512_maskz_cvtps_ph(0xffff, (__m512)v, 0); }
+FF_INLINE FloatVector widen(const Half*, ShortVector h) {
+  return (FloatVector)_mm512_maskz_cvtph_ps(0xffff, (__m256i)h);
+}
+FF_INLINE ShortVector narrow(const Half*, FloatVector v) {
+  return (ShortVector)_mm512_maskz_cvtps_ph(0xffff, (__m512)v, 0);
+}
 #elif defined(__AVX2__)
 FF_INLINE FloatVector widen(const Half*, ShortVector h) { return (FloatVector)_mm256_cvtph_ps((__m128i)h); }
 FF_INLINE ShortVector narrow(const Half*, FloatVector v) { return (ShortVector)_mm256_cvtps_ph((__m256)v, 0); }
@@ -122,12 +126,14 @@ FF_INLINE Vector<Compute<T>> get_some(const T* p, int count) {
 }
 template <class T>
 FF_INLINE void put_some(T* p, Vector<Compute<T>> v, int count) {
-  if (count == kWidth<T>) put(p, v);
-  else put_head(p, v, count);
+  if (count == kWidth<T>)
+    put(p, v);
+  else
+    put_head(p, v, count);
 }
 
-// 2^x for x <= 1: 0 below -127 (the scale's bits vanish), NaN kept whatever its payload. Degree 5 on [-1/2, 1/2], fitted
-// to the least relative error, 9e-8. Half the steps of a general exp, and they bound the soft-argmax.
+// 2^x for x <= 1: 0 below -127 (the scale's bits vanish), NaN kept whatever its payload. Degree 5 on [-1/2, 1/2],
+// fitted to the least relative error, 9e-8. Half the steps of a general exp, and they bound the soft-argmax.
 FF_INLINE FloatVector exp2_down(FloatVector x) {
   const FloatVector low = broadcast(-127.f);
   const FloatVector c = x < low ? low : x;
@@ -284,7 +290,8 @@ FF_INLINE void scan(const T* z, int64_t n, int64_t index, Best<Compute<T>>& best
 template <class T>
 FF_INLINE Best<Compute<T>> planar_peak(const T* z, int64_t row, const HeatmapSize& s) {
   Best<Compute<T>> best;
-  if (row == s.width) scan(z, int64_t(s.height) * s.width, 0, best);
+  if (row == s.width)
+    scan(z, int64_t(s.height) * s.width, 0, best);
   else
     for (int y = 0; y < s.height; ++y) scan(z + y * row, s.width, int64_t(y) * s.width, best);
   best.bad |= best.value == infinity<Compute<T>>();
@@ -293,7 +300,8 @@ FF_INLINE Best<Compute<T>> planar_peak(const T* z, int64_t row, const HeatmapSiz
 
 // One vector of landmarks of a pixel-major image: calls done(lane, best).
 template <class T, class Done>
-FF_INLINE void pixel_major_peaks(const T* z, const Maps<const T>& m, const HeatmapSize& s, int lanes, const Done& done) {
+FF_INLINE void pixel_major_peaks(const T* z, const Maps<const T>& m, const HeatmapSize& s, int lanes,
+                                 const Done& done) {
   using C = Compute<T>;
   Vector<C> top = broadcast(-infinity<C>());
   Index<C> index{}, nan{}, here{};
@@ -345,9 +353,9 @@ void peak(const PeakParams<T>& p, int64_t begin, int64_t end) {
     chunk.each<kWidth<T>>([&](int64_t landmark, int lanes) __attribute__((always_inline)) {
       const int64_t r = chunk.image * p.size.landmarks + landmark;
       const T* z = map_of(p.maps, p.size, r);
-      pixel_major_peaks(z, p.maps, p.size, lanes, [&](int k, const Best<Compute<T>>& best) __attribute__((always_inline)) {
-        finish_peak(p, r + k, z + k, best);
-      });
+      pixel_major_peaks(z, p.maps, p.size, lanes,
+                        [&](int k, const Best<Compute<T>>& best)
+                            __attribute__((always_inline)) { finish_peak(p, r + k, z + k, best); });
     });
   }
 }
@@ -364,7 +372,9 @@ FF_INLINE Compute<T> highest(const T* z, int64_t n, Compute<T> sign) {
   int64_t i = 0;
   for (; i + 4 * L <= n; i += 4 * L)
     for (int k = 0; k < 4; ++k) top[k] = max(top[k], sign * get(z + i + k * L));
-  each_vector<L>(i, n, [&](int64_t x, int count) __attribute__((always_inline)) { top[0] = max(top[0], sign * get_some(z + x, count)); });
+  each_vector<L>(i, n, [&](int64_t x, int count) __attribute__((always_inline)) {
+    top[0] = max(top[0], sign * get_some(z + x, count));
+  });
   return max_lane<C>(max(max(top[0], top[1]), max(top[2], top[3])));
 }
 
@@ -598,8 +608,10 @@ void soft_argmax(const SoftArgmaxParams<T>& p, int64_t begin, int64_t end) {
       }
       const Best<C> best = planar_peak(z, p.maps.row, p.size);
       p.peak[r] = int32_t(best.index);
-      if (best.bad) poison(p, r);
-      else planar_region(p, r, z, static_cast<const T*>(nullptr), region_of(p.size, p.window, best.index), beta);
+      if (best.bad)
+        poison(p, r);
+      else
+        planar_region(p, r, z, static_cast<const T*>(nullptr), region_of(p.size, p.window, best.index), beta);
     }
     return;
   }
@@ -614,8 +626,10 @@ void soft_argmax(const SoftArgmaxParams<T>& p, int64_t begin, int64_t end) {
       const T* z = map_of(p.maps, p.size, r);
       pixel_major_peaks(z, p.maps, p.size, lanes, [&](int k, const Best<C>& best) __attribute__((always_inline)) {
         p.peak[r + k] = int32_t(best.index);
-        if (best.bad) poison(p, r + k);
-        else strided_region(p, r + k, z + k, region_of(p.size, p.window, best.index), beta);
+        if (best.bad)
+          poison(p, r + k);
+        else
+          strided_region(p, r + k, z + k, region_of(p.size, p.window, best.index), beta);
       });
     });
   }
@@ -637,16 +651,20 @@ void soft_argmax_backward(const SoftArgmaxBackwardParams<T>& b, int64_t begin, i
       T* grad = map_of(b.grad_maps, p.size, r);
       if (p.window >= 0) zero_map(grad, b.grad_maps, p.size);
       const Region region = region_of(p.size, p.window, p.window < 0 ? 0 : p.peak[r]);
-      if (b.grad_beta) planar_region_backward<T, true>(b, r, z, grad, next, region, beta);
-      else planar_region_backward<T, false>(b, r, z, grad, next, region, beta);
+      if (b.grad_beta)
+        planar_region_backward<T, true>(b, r, z, grad, next, region, beta);
+      else
+        planar_region_backward<T, false>(b, r, z, grad, next, region, beta);
     }
     return;
   }
   for (int64_t task = begin; task < end; ++task) {
     const Chunk chunk(p.size, task);
     if (p.window < 0) {
-      if (b.grad_beta) pixel_major_backward<T, true>(b, chunk, beta);
-      else pixel_major_backward<T, false>(b, chunk, beta);
+      if (b.grad_beta)
+        pixel_major_backward<T, true>(b, chunk, beta);
+      else
+        pixel_major_backward<T, false>(b, chunk, beta);
       continue;
     }
     T* grad = b.grad_maps.data + chunk.image * b.grad_maps.image + chunk.begin;
@@ -698,7 +716,7 @@ FF_INLINE void fill_axis(Axis<C>& axis, C centre, C sigma, double truncate, int 
   Vector<C> total{};
   for (int i = 0; i < size; i += L) {
     const Vector<C> h = lane_index<C>() + C(i), d = h - gauss.centre;
-    Vector<C> g = exp_nonpositive(min(gauss.factor * d * d - gauss.shift, Vector<C>{}));
+    Vector<C> g = exp(min(gauss.factor * d * d - gauss.shift, Vector<C>{}));
     g = h >= C(axis.cells.begin) && h < C(axis.cells.end) ? g : Vector<C>{};
     store(axis.g + i, g);
     total += g;

@@ -1,8 +1,9 @@
 // CUDA kernels of the heatmap room.
 //
 // One block owns one map: every pixel is read once from memory by one thread, 16 bytes at a time where rows follow one
-// another and the map is aligned, pixel by pixel through the strides otherwise. Landmarks-innermost maps (channels_last)
-// have kernels of their own for the soft-argmax, whose lanes are 32 neighbouring landmarks. No atomics: results repeat.
+// another and the map is aligned, pixel by pixel through the strides otherwise. Landmarks-innermost maps
+// (channels_last) have kernels of their own for the soft-argmax, whose lanes are 32 neighbouring landmarks. No atomics:
+// results repeat.
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
@@ -20,11 +21,11 @@ namespace {
 using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
 
-constexpr int kThreads = 256;       // a block of one map
-constexpr int kSmallThreads = 32;   // of a map of at most kSmallPixels
+constexpr int kThreads = 256;      // a block of one map
+constexpr int kSmallThreads = 32;  // of a map of at most kSmallPixels
 constexpr int kSmallPixels = 1024;
-constexpr int kUnroll = 4;          // 16-byte loads a thread has in flight
-constexpr int kWarps = 8;           // of a landmarks-innermost block
+constexpr int kUnroll = 4;  // 16-byte loads a thread has in flight
+constexpr int kWarps = 8;   // of a landmarks-innermost block
 
 template <class T>
 __device__ __forceinline__ T* map_of(const Maps<T>& m, const HeatmapSize& s, int64_t r) {

@@ -84,7 +84,7 @@ FF_POOL_TABLES(avx2)
 FF_POOL_TABLES(avx512)
 #undef FF_POOL_TABLES
 
-// CUDA launchers return a cudaError_t.
+// CUDA launchers return a cudaError_t and need no memory but their outputs (peak keeps its search's keys in points).
 template <class T> int pool_position_keys_cuda(const PoolRows<T>&, int32_t* keys, CUstream_st*);  // keys [R], no order
 template <class T> int pool_kl_loss_cuda(const PoolKlLossParams<T>&, CUstream_st*);
 template <class T> int pool_scatter_cuda(const PoolScatterParams<T>&, CUstream_st*);

@@ -32,9 +32,6 @@ class Buffer {
   T* data_;
 };
 
-template <class V> FF_INLINE V smaller(V a, V b) { return a < b ? a : b; }
-template <class V> FF_INLINE V larger(V a, V b) { return a > b ? a : b; }
-
 // out[i] = p . q_i for P <= 8 pixels whose leaves follow one another
 template <class T, int P>
 FF_INLINE void dot_pixels(const T* __restrict__ p, const T* __restrict__ q, int64_t leaves, T* __restrict__ out) {
@@ -47,7 +44,7 @@ FF_INLINE void dot_pixels(const T* __restrict__ p, const T* __restrict__ q, int6
       for (int i = 0; i < P; ++i) acc[u][i] += v * load(q + i * leaves + n + u * L);
     }
   for (; n < leaves; n += L) {
-    const int rest = int(smaller<int64_t>(L, leaves - n));
+    const int rest = int(min<int64_t>(L, leaves - n));
     const Vector<T> v = load_partial(p + n, rest);
     for (int i = 0; i < P; ++i) acc[0][i] += v * load_partial(q + i * leaves + n, rest);
   }
@@ -104,7 +101,7 @@ void add_run(const T* __restrict__ factor, const T* __restrict__ q, int64_t leav
     for (int u = 0; u < kHeld; ++u) store(total + n + u * L, acc[u]);
   }
   for (; n < leaves; n += L) {
-    const int rest = int(smaller<int64_t>(L, leaves - n));
+    const int rest = int(min<int64_t>(L, leaves - n));
     Vector<T> acc = load_partial(total + n, rest);
     for (int i = 0; i < count; ++i) acc += broadcast<T>(factor[i]) * load_partial(q + i * leaves + n, rest);
     store_partial(total + n, acc, rest);
@@ -142,8 +139,8 @@ enum class Seen { window, nothing, undefined };
 
 template <class T>
 int axis_capacity(const PoolRows<T>& at) {
-  const int64_t width = 2 * int64_t(at.radius) + 1, side = larger(at.width, at.height);
-  return int(smaller(width, side));
+  const int64_t width = 2 * int64_t(at.radius) + 1, side = max(at.width, at.height);
+  return int(min(width, side));
 }
 
 // What stands at a place of the order: a window, nothing to count, or a row that is NaN.
@@ -162,15 +159,15 @@ Seen read_row(const PoolRows<T>& at, int64_t index, Row<T>& row) {
   return Seen::window;
 }
 
-FF_INLINE Span joined(Span a, Span b) { return {smaller(a.begin, b.begin), larger(a.end, b.end)}; }
+FF_INLINE Span joined(Span a, Span b) { return {min(a.begin, b.begin), max(a.end, b.end)}; }
 FF_INLINE int64_t length(Span s) { return s.end - s.begin; }
-FF_INLINE Span overlap(Span a, Span b) { return {larger(a.begin, b.begin), smaller(a.end, b.end)}; }
+FF_INLINE Span overlap(Span a, Span b) { return {max(a.begin, b.begin), min(a.end, b.end)}; }
 
 // Loss and gradient of a group of rows: for every run of pixels of their common rectangle, each row that overlaps it.
 template <class T>
 void kl_group(const PoolKlLossParams<T>& a, Row<T>* rows, int count, T* yhat, int64_t window_capacity) {
   const int64_t leaves = a.at.leaves;
-  const int block = int(larger<int64_t>(kScatterBlock, smaller<int64_t>(kMaxBlock, kBlockBytes / (int64_t(sizeof(T)) * leaves))));
+  const int block = int(max<int64_t>(kScatterBlock, min<int64_t>(kMaxBlock, kBlockBytes / (int64_t(sizeof(T)) * leaves))));
   Span xs = rows[0].x, ys = rows[0].y;
   for (int r = 1; r < count; ++r) {
     xs = joined(xs, rows[r].x);
@@ -203,7 +200,7 @@ void kl_group(const PoolKlLossParams<T>& a, Row<T>* rows, int count, T* yhat, in
     for (int y = 0; y < length(row.y); ++y, out += width) {
       Vector<T> line{};
       for (int x = 0; x < width; x += kLanes<T>) {
-        const int rest = smaller(kLanes<T>, width - x);
+        const int rest = min(kLanes<T>, width - x);
         const Vector<T> raw = load_partial(out + x, rest, T(1)), floor = broadcast<T>(a.eps);
         const Vector<T> v = raw + (raw - raw);  // as `defined`
         line += load_partial(row.gx + x, rest) * log(v < floor ? floor : v);
@@ -218,7 +215,7 @@ template <class T>
 void kl_loss(const PoolKlLossParams<T>& a, int64_t begin, int64_t end) {
   const int64_t leaves = a.at.leaves;
   const int axis = axis_capacity(a.at);
-  const int64_t window = int64_t(smaller(axis, a.at.width)) * smaller(axis, a.at.height);
+  const int64_t window = int64_t(min(axis, a.at.width)) * min(axis, a.at.height);
   Buffer<T> axes(int64_t(2) * axis * (kGroup + 1)), yhat(window * kGroup);
   Row<T> rows[kGroup + 1];
   for (int r = 0; r <= kGroup; ++r) {
@@ -343,7 +340,7 @@ void scatter(const PoolScatterParams<T>& a, const int32_t* tile_rows, const int6
     const int32_t* list = tile_rows + tile_starts[tile];
     const int listed = int(tile_starts[tile + 1] - tile_starts[tile]);
     const int x0 = int(tile % tiles_x) * kPoolTile, y0 = int(tile / tiles_x) * kPoolTile;
-    const Span tile_x{x0, smaller(x0 + kPoolTile, at.width)}, tile_y{y0, smaller(y0 + kPoolTile, at.height)};
+    const Span tile_x{x0, min(x0 + kPoolTile, at.width)}, tile_y{y0, min(y0 + kPoolTile, at.height)};
     if (!listed) {
       if (!a.accumulate)
         for (int y = tile_y.begin; y < tile_y.end; ++y)
@@ -362,7 +359,7 @@ void scatter(const PoolScatterParams<T>& a, const int32_t* tile_rows, const int6
     }
     for (int y = tile_y.begin; y < tile_y.end; ++y)
       for (int x = tile_x.begin; x < tile_x.end; x += kScatterBlock) {
-        const Span block{x, smaller(x + kScatterBlock, tile_x.end)};
+        const Span block{x, min(x + kScatterBlock, tile_x.end)};
         const int64_t pixel = (int64_t(y) * at.width + x) * leaves;
         int reached = 0;
         for (int i = 0; i < count; ++i) {
@@ -431,10 +428,10 @@ constexpr int kPeakRows = 32;  // rows that share a run of pixels
 template <class T>
 void peak(const PoolPeakParams<T>& a, int64_t begin, int64_t end) {
   const int64_t leaves = a.leaves, pixels = int64_t(a.height) * a.width;
-  const int64_t block = larger<int64_t>(8, kBlockBytes / (int64_t(sizeof(T)) * leaves) / 8 * 8);
+  const int64_t block = max<int64_t>(8, kBlockBytes / (int64_t(sizeof(T)) * leaves) / 8 * 8);
   Buffer<T> yhat(block);
   for (int64_t first = begin; first < end; first += kPeakRows) {
-    const int rows = int(smaller<int64_t>(kPeakRows, end - first));
+    const int rows = int(min<int64_t>(kPeakRows, end - first));
     T best[kPeakRows];
     int64_t where[kPeakRows];
     bool undefined[kPeakRows];
@@ -444,7 +441,7 @@ void peak(const PoolPeakParams<T>& a, int64_t begin, int64_t end) {
       undefined[r] = false;
     }
     for (int64_t start = 0; start < pixels; start += block) {
-      const int count = int(smaller(block, pixels - start));
+      const int count = int(min(block, pixels - start));
       for (int r = 0; r < rows; ++r) {
         dot_run(a.prob + (first + r) * leaves, a.pool + start * leaves, leaves, count, yhat.data());
         for (int i = 0; i < count; ++i) {

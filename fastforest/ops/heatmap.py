@@ -49,13 +49,14 @@ def render_gaussian(
         [B, P, H, W] in the dtype of ``points``. All 0 where truncation leaves nothing on the canvas. All NaN where a
         point is not finite, or an element of a tensor ``sigma`` is not finite and above 0.
 
-    Gradients flow to ``points`` and to a tensor ``sigma``; the truncation is held fixed. The backward reads the incoming
-    gradient once and stores no other map. Not differentiable twice.
+    Gradients flow to ``points`` and to a tensor ``sigma``; the truncation is held fixed. The backward reads the
+    incoming gradient once and stores no other map. Not differentiable twice.
 
     Raises:
         TypeError, ValueError: an argument of another type, dtype, shape, device or range. On CUDA, H + W > 2048.
 
-    Deterministic, bit by bit; no synchronisation, CUDA-graph safe. Cost: one write of the maps; H + W exponentials a map.
+    Deterministic, bit by bit; no synchronisation, CUDA-graph safe. Cost: one write of the maps; H + W
+    exponentials a map.
 
     >>> maps = render_gaussian(torch.tensor([[[2.0, 1.0]]]), 1.0, (3, 4))
     >>> maps[0, 0, 1]
@@ -102,8 +103,8 @@ def soft_argmax(
     Raises:
         TypeError, ValueError: an argument of another type, dtype, shape, device or range; a map without pixels.
 
-    Deterministic, bit by bit; no synchronisation, CUDA-graph safe. Cost: one read of the maps; backward one read and one
-    write. Strides other than rows in order or landmarks innermost cost a copy on the CPU.
+    Deterministic, bit by bit; no synchronisation, CUDA-graph safe. Cost: one read of the maps; backward one read and
+    one write. Strides other than rows in order or landmarks innermost cost a copy on the CPU.
 
     >>> z = torch.zeros(1, 1, 3, 5)
     >>> z[0, 0, 1, 3] = 10.0
@@ -136,13 +137,13 @@ def peak(heatmap: Tensor, refine: str = "none") -> Peak:
 
     Args:
         heatmap: [B, P, H, W]; any strides.
-        refine: "none"; "quarter_sign": a quarter pixel towards the higher of the two neighbours on each axis, where both
-            exist and differ (HRNet); "quarter_second": a quarter pixel towards the highest of the 8 neighbours on the
+        refine: "none"; "quarter_sign": a quarter pixel towards the higher of the two neighbours on each axis, where
+            both exist and differ (HRNet); "quarter_second": a quarter pixel towards the highest of the 8 neighbours on the
             canvas (lowest flat index among equals), unless all are -inf (Newell et al., Stacked Hourglass).
 
     Returns:
-        Peak(points [B, P, 2], score [B, P]), float32 or float64 for float64; the lowest flat index wins among equals, so
-        a map that is -inf all over has its peak at (0, 0). NaN for a map with NaN or +inf, and for that map alone.
+        Peak(points [B, P, 2], score [B, P]), float32 or float64 for float64; the lowest flat index wins among equals,
+        so a map that is -inf all over has its peak at (0, 0). NaN for a map with NaN or +inf, and for that map alone.
 
     Not differentiable: call it without gradients (`soft_argmax` has them).
 
@@ -183,7 +184,7 @@ def _check_maps(name: str, heatmap: object) -> None:
         raise ValueError(f"{name}: heatmap must be below 2^30 pixels a map, got {list(maps.shape)}")
 
 
-# ---- hooks ------------------------------------------------------------------------------------------------------------
+# ---- hooks ----------------------------------------------------------------------------------------------------
 # No autocast rule: the kernels read low precision as it is and sum in float32.
 
 

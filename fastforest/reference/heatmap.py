@@ -37,7 +37,7 @@ def render_gaussian(
     normalize: str = "peak",
     truncate: float | None = None,
 ) -> Tensor:
-    """exp(-|h - c|^2 / 2 sigma^2), peak 1 or (over the visible canvas) sum 1; NaN where a point or sigma is not valid."""
+    """exp(-|h - c|^2 / 2 sigma^2), peak 1 or (over the visible canvas) sum 1; NaN where a point or sigma is invalid."""
     height, width = size
     if not isinstance(sigma, Tensor):
         sigma = torch.full_like(points[..., 0], sigma)

@@ -1,0 +1,1 @@
+"""Recipes: whole experiments, from a set of data to figures. Nothing else imports them."""

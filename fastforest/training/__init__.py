@@ -1,0 +1,27 @@
+"""Training: rounds of network and leaf steps, schedules, checkpoints, reports.
+
+history = fit(model, train, held_out, TrainConfig(minutes=20), out=Path("runs/faces"))
+"""
+
+from .checkpoint import Checkpoint, CheckpointError, load, write_atomically
+from .loop import History, TrainConfig, TrainingError, default_normalizer, fit, mean_shape, predict
+from .schedules import anneal, learning_rate_factor
+from .sets import read, training_sets
+
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "History",
+    "TrainConfig",
+    "TrainingError",
+    "anneal",
+    "default_normalizer",
+    "fit",
+    "learning_rate_factor",
+    "load",
+    "mean_shape",
+    "predict",
+    "read",
+    "training_sets",
+    "write_atomically",
+]
