@@ -62,9 +62,11 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "What this build of fastforest holds.";
   m.def("build_info", &build_info,
         "build_info() -> dict: version, cuda and cuda_architectures (or None), compiler, isas built, isa chosen.");
-  m.def("isa", [] { return ff::name(ff::chosen_isa()); },
-        "isa() -> str: the instruction set of the CPU kernels, forced by FASTFOREST_ISA=baseline|avx2|avx512.");
+  m.def(
+      "isa", [] { return ff::name(ff::chosen_isa()); },
+      "isa() -> str: the instruction set of the CPU kernels, forced by FASTFOREST_ISA=baseline|avx2|avx512.");
   m.def("kernel_attributes", &kernel_attributes,
-        "kernel_attributes() -> dict: registers, shared_bytes, local_bytes (stack and spills), max_threads a CUDA kernel.\n"
+        "kernel_attributes() -> dict: registers, shared_bytes, local_bytes (stack and spills), max_threads a CUDA "
+        "kernel.\n"
         "RuntimeError without a CUDA build and device.");
 }

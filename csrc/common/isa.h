@@ -34,7 +34,8 @@ inline Isa chosen_isa() {
     for (Isa isa : {Isa::avx512, Isa::avx2, Isa::baseline})
       if (supported(isa) && (!wanted || !*wanted || !std::strcmp(wanted, name(isa)))) return isa;
     throw std::runtime_error(std::string("FASTFOREST_ISA must name an instruction set of this processor "
-                                         "(baseline, avx2 or avx512), got '") + wanted + "'");
+                                         "(baseline, avx2 or avx512), got '") +
+                             wanted + "'");
   }();
   return chosen;
 }

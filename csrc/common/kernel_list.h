@@ -9,7 +9,9 @@ struct KernelListed {
   const void* kernel;
   KernelListed* next;
   template <class K>
-  KernelListed(const char* n, K k) : name(n), kernel(reinterpret_cast<const void*>(k)), next(head()) { head() = this; }
+  KernelListed(const char* n, K k) : name(n), kernel(reinterpret_cast<const void*>(k)), next(head()) {
+    head() = this;
+  }
   static KernelListed*& head();
 };
 
@@ -19,6 +21,7 @@ struct KernelAttributes {
 };
 
 // Calls visit for every kernel; returns a cudaError_t, or -1 in a build without CUDA.
-__attribute__((visibility("default"))) int kernel_attributes(void (*visit)(const KernelAttributes&, void*), void* context);
+__attribute__((visibility("default"))) int kernel_attributes(void (*visit)(const KernelAttributes&, void*),
+                                                             void* context);
 
 }  // namespace ff

@@ -1,5 +1,6 @@
 // Vectors of the instruction set at hand, through the compiler's vector extension. Included by the CPU kernels only,
-// inside no namespace: everything lands in ff::<FF_ISA>, so that no build's inline functions can stand in for another's.
+// inside no namespace: everything lands in ff::<FF_ISA>, so that no build's inline functions can stand in for
+// another's.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -22,45 +23,74 @@ typedef double DoubleVector __attribute__((vector_size(FF_VECTOR_BYTES)));
 typedef int32_t IntVector __attribute__((vector_size(FF_VECTOR_BYTES)));
 typedef int64_t LongVector __attribute__((vector_size(FF_VECTOR_BYTES)));
 
-template <class T> struct VectorOf;
-template <> struct VectorOf<float> { using Type = FloatVector; using Int = IntVector; };
-template <> struct VectorOf<double> { using Type = DoubleVector; using Int = LongVector; };
-template <class T> using Vector = typename VectorOf<T>::Type;
-template <class T> constexpr int kLanes = FF_VECTOR_BYTES / int(sizeof(T));
+template <class T>
+struct VectorOf;
+template <>
+struct VectorOf<float> {
+  using Type = FloatVector;
+  using Int = IntVector;
+};
+template <>
+struct VectorOf<double> {
+  using Type = DoubleVector;
+  using Int = LongVector;
+};
+template <class T>
+using Vector = typename VectorOf<T>::Type;
+template <class T>
+constexpr int kLanes = FF_VECTOR_BYTES / int(sizeof(T));
 
-template <class T> FF_INLINE Vector<T> load(const T* p) {
+template <class T>
+FF_INLINE Vector<T> load(const T* p) {
   Vector<T> v;
   __builtin_memcpy(&v, p, sizeof(v));
   return v;
 }
-template <class T> FF_INLINE void store(T* p, Vector<T> v) { __builtin_memcpy(p, &v, sizeof(v)); }
-template <class T> FF_INLINE Vector<T> broadcast(T a) { return a - Vector<T>{}; }
-template <class T> FF_INLINE Vector<T> lane_index() {
+template <class T>
+FF_INLINE void store(T* p, Vector<T> v) {
+  __builtin_memcpy(p, &v, sizeof(v));
+}
+template <class T>
+FF_INLINE Vector<T> broadcast(T a) {
+  return a - Vector<T>{};
+}
+template <class T>
+FF_INLINE Vector<T> lane_index() {
   Vector<T> v{};
   for (int i = 0; i < kLanes<T>; ++i) v[i] = T(i);
   return v;
 }
 // The first `count` lanes from memory, the rest `fill`.
-template <class T> FF_INLINE Vector<T> load_partial(const T* p, int count, T fill = T(0)) {
+template <class T>
+FF_INLINE Vector<T> load_partial(const T* p, int count, T fill = T(0)) {
   Vector<T> v = broadcast<T>(fill);
   __builtin_memcpy(&v, p, sizeof(T) * count);
   return v;
 }
-template <class T> FF_INLINE void store_partial(T* p, Vector<T> v, int count) {
+template <class T>
+FF_INLINE void store_partial(T* p, Vector<T> v, int count) {
   __builtin_memcpy(p, &v, sizeof(T) * count);
 }
-template <class V> FF_INLINE V max(V a, V b) { return a > b ? a : b; }
-template <class V> FF_INLINE V min(V a, V b) { return a < b ? a : b; }
+template <class V>
+FF_INLINE V max(V a, V b) {
+  return a > b ? a : b;
+}
+template <class V>
+FF_INLINE V min(V a, V b) {
+  return a < b ? a : b;
+}
 
 // Sum and maximum over the lanes, halving.
-template <class T> FF_INLINE T sum(Vector<T> v) {
+template <class T>
+FF_INLINE T sum(Vector<T> v) {
   T lane[kLanes<T>];
   __builtin_memcpy(lane, &v, sizeof(v));
   for (int half = kLanes<T> / 2; half; half /= 2)
     for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
   return lane[0];
 }
-template <class T> FF_INLINE T max_lane(Vector<T> v) {
+template <class T>
+FF_INLINE T max_lane(Vector<T> v) {
   T lane[kLanes<T>];
   __builtin_memcpy(lane, &v, sizeof(v));
   for (int half = kLanes<T> / 2; half; half /= 2)
@@ -70,7 +100,8 @@ template <class T> FF_INLINE T max_lane(Vector<T> v) {
 
 // Lane i of the result is a[2i] + a[2i+1] in the lower half and the same of b in the upper half: eight vectors are
 // summed over their lanes in 7 such steps and one more, a third of the work of eight separate sums.
-template <class T> FF_INLINE Vector<T> pair_sums(Vector<T> a, Vector<T> b) {
+template <class T>
+FF_INLINE Vector<T> pair_sums(Vector<T> a, Vector<T> b) {
   if constexpr (kLanes<T> == 16) {
     return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
            __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);

@@ -105,7 +105,8 @@ void parallel_chunks(int64_t count, int64_t chunk, const F& f) {
   });
 }
 
-// Schemas: FF_SCHEMAS(m) { m.def("op(Tensor x) -> Tensor"); }     Implementations: FF_IMPLEMENTATIONS(m) { m.impl(...); }
+// Schemas: FF_SCHEMAS(m) { m.def("op(Tensor x) -> Tensor"); }     Implementations: FF_IMPLEMENTATIONS(m) { m.impl(...);
+// }
 #define FF_SCHEMAS(m) STABLE_TORCH_LIBRARY_FRAGMENT(FF_NAMESPACE, m)
 #if defined(FF_CUDA) && !defined(FF_HOST_SHIM)
 #define FF_IMPLEMENTATIONS(m)                                              \

@@ -54,8 +54,8 @@ struct Rows {
     at.weight = nullptr;
     if (weight_) {
       weight = contiguous(*weight_);
-      FF_CHECK(weight.dim() == 2 && weight.size(0) == images && weight.size(1) == landmarks, op,
-               ": weight must be [", images, ", ", landmarks, "], got ", shape(weight));
+      FF_CHECK(weight.dim() == 2 && weight.size(0) == images && weight.size(1) == landmarks, op, ": weight must be [",
+               images, ", ", landmarks, "], got ", shape(weight));
       check_like(op, "weight", weight, like);
       at.weight = weight.const_data_ptr<T>();
     }
@@ -136,8 +136,9 @@ std::tuple<Tensor, Tensor> pool_kl_loss(const Tensor& prob_, const Tensor& pool_
                        radius);
     Tensor loss = new_empty(prob, {images, landmarks});
     Tensor grad = new_output(prob, {images, landmarks, need_grad ? canvas.leaves : 0});
-    const PoolKlLossParams<T> params{rows.at, prob.const_data_ptr<T>(), pool.const_data_ptr<T>(), T(eps),
-                                     loss.mutable_data_ptr<T>(), need_grad ? grad.mutable_data_ptr<T>() : nullptr};
+    const PoolKlLossParams<T> params{
+        rows.at, prob.const_data_ptr<T>(),   pool.const_data_ptr<T>(),
+        T(eps),  loss.mutable_data_ptr<T>(), need_grad ? grad.mutable_data_ptr<T>() : nullptr};
     if (!rows.at.rows) return {loss, grad};
 #ifdef FF_HAS_CUDA_LAUNCHERS
     if (on_cuda(prob)) {
@@ -185,7 +186,8 @@ void run_scatter(const char* op, const PoolScatterParams<T>& params, const Tenso
   std::vector<int64_t> next(starts.begin(), starts.end() - 1);
   for_each_tile([&](int64_t tile, int32_t r) { list[next[tile]++] = r; });
   const auto kernel = cpu<T>().scatter;
-  parallel_chunks(tiles, 1, [&](int64_t begin, int64_t end) { kernel(params, list.data(), starts.data(), begin, end); });
+  parallel_chunks(tiles, 1,
+                  [&](int64_t begin, int64_t end) { kernel(params, list.data(), starts.data(), begin, end); });
 }
 
 enum class Scatter { statistics, gradient, cross };
@@ -287,9 +289,15 @@ std::tuple<Tensor, Tensor> pool_peak(const Tensor& prob_, const Tensor& pool_, i
     using T = decltype(zero);
     const int64_t images = prob.size(0), landmarks = prob.size(1);
     Tensor points = new_empty(prob, {images, landmarks, 2}), score = new_empty(prob, {images, landmarks});
-    const PoolPeakParams<T> params{prob.const_data_ptr<T>(), pool.const_data_ptr<T>(), images * landmarks,
-                                   int(c.height), int(c.width), c.leaves, int(refine),
-                                   points.mutable_data_ptr<T>(), score.mutable_data_ptr<T>()};
+    const PoolPeakParams<T> params{prob.const_data_ptr<T>(),
+                                   pool.const_data_ptr<T>(),
+                                   images * landmarks,
+                                   int(c.height),
+                                   int(c.width),
+                                   c.leaves,
+                                   int(refine),
+                                   points.mutable_data_ptr<T>(),
+                                   score.mutable_data_ptr<T>()};
     if (!params.rows) return {points, score};
 #ifdef FF_HAS_CUDA_LAUNCHERS
     if (on_cuda(prob)) {
@@ -317,7 +325,8 @@ FF_SCHEMAS(m) {
       "pool_kl_statistics(Tensor prob, Tensor pool, Tensor points, Tensor? weight, float sigma, int radius, float eps) "
       "-> Tensor");
   m.def(
-      "pool_kl_statistics_(Tensor prob, Tensor pool, Tensor points, Tensor? weight, float sigma, int radius, float eps, "
+      "pool_kl_statistics_(Tensor prob, Tensor pool, Tensor points, Tensor? weight, float sigma, int radius, float "
+      "eps, "
       "Tensor(a!) out) -> ()");
   m.def(
       "pool_l2_cross(Tensor prob, Tensor points, Tensor? weight, int height, int width, float sigma, int radius) -> "

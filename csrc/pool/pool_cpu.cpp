@@ -12,12 +12,12 @@ namespace ff {
 namespace FF_ISA {
 namespace {
 
-constexpr int kGroup = 8;                     // rows that share pool rows
-constexpr int64_t kBlockBytes = 32 * 1024;    // leaves of a run of pixels, within L1
-constexpr int kMaxBlock = 16;                 // pixels in a run
+constexpr int kGroup = 8;                             // rows that share pool rows
+constexpr int64_t kBlockBytes = 32 * 1024;            // leaves of a run of pixels, within L1
+constexpr int kMaxBlock = 16;                         // pixels in a run
 constexpr int kWide = FF_VECTOR_BYTES == 64 ? 4 : 2;  // vectors held per pixel by the scatter (32 or 16 registers)
-constexpr int kScatterBlock = 4;              // pixels of a scatter run
-constexpr int kFewRows = 6;                   // rows up to which a scatter goes pixel by pixel
+constexpr int kScatterBlock = 4;                      // pixels of a scatter run
+constexpr int kFewRows = 6;                           // rows up to which a scatter goes pixel by pixel
 
 template <class T>
 class Buffer {
@@ -130,9 +130,9 @@ struct Row {
   int64_t index;  // into prob, points
   Span x, y;
   T weight;
-  T entropy;      // sum y log y
-  T* gx;          // [x.end - x.begin]
-  T* gy;          // [y.end - y.begin]
+  T entropy;  // sum y log y
+  T* gx;      // [x.end - x.begin]
+  T* gy;      // [y.end - y.begin]
 };
 
 enum class Seen { window, nothing, undefined };
@@ -167,7 +167,8 @@ FF_INLINE Span overlap(Span a, Span b) { return {max(a.begin, b.begin), min(a.en
 template <class T>
 void kl_group(const PoolKlLossParams<T>& a, Row<T>* rows, int count, T* yhat, int64_t window_capacity) {
   const int64_t leaves = a.at.leaves;
-  const int block = int(max<int64_t>(kScatterBlock, min<int64_t>(kMaxBlock, kBlockBytes / (int64_t(sizeof(T)) * leaves))));
+  const int block =
+      int(max<int64_t>(kScatterBlock, min<int64_t>(kMaxBlock, kBlockBytes / (int64_t(sizeof(T)) * leaves))));
   Span xs = rows[0].x, ys = rows[0].y;
   for (int r = 1; r < count; ++r) {
     xs = joined(xs, rows[r].x);
@@ -257,8 +258,8 @@ void kl_loss(const PoolKlLossParams<T>& a, int64_t begin, int64_t end) {
 
 // A run of pixels of the scatter: for every 4 vectors of leaves, all rows that reach it, the sums held in registers.
 template <class T, int kVectors>
-FF_INLINE void scatter_leaves(const PoolScatterParams<T>& a, const T* const* p, const T* factor, int rows, int pixels,
-                              const T* q, T* out, int64_t n) {
+FF_INLINE void scatter_leaves(const PoolScatterParams<T>& a, const T* const* p, const T* factor, int rows,
+                              unsigned pixels, const T* q, T* out, int64_t n) {
   constexpr int L = kLanes<T>;
   Vector<T> acc[kScatterBlock][kVectors] = {};
   for (int r = 0; r < rows; ++r) {
@@ -272,7 +273,8 @@ FF_INLINE void scatter_leaves(const PoolScatterParams<T>& a, const T* const* p, 
   const int64_t leaves = a.at.leaves;
   const bool times_pool = a.times_pool, accumulate = a.accumulate;
   const T scale = a.scale;
-  for (int i = 0; i < pixels; ++i)
+  for (int i = 0; i < kScatterBlock; ++i) {
+    if (!(pixels >> i & 1)) continue;
     for (int u = 0; u < kVectors; ++u) {
       const int64_t at = i * leaves + n + u * L;
       Vector<T> s = acc[i][u] * scale;
@@ -280,12 +282,13 @@ FF_INLINE void scatter_leaves(const PoolScatterParams<T>& a, const T* const* p, 
       if (accumulate) s += load(out + at);
       store(out + at, s);
     }
+  }
 }
 
 // Few rows: memory decides, and one pixel after the other is the order in which the hardware foresees it.
 template <class T>
-FF_INLINE void scatter_pixel(const PoolScatterParams<T>& a, const T* const* __restrict__ p, const T* __restrict__ factor,
-                             int rows, const T* __restrict__ q, T* __restrict__ out) {
+FF_INLINE void scatter_pixel(const PoolScatterParams<T>& a, const T* const* __restrict__ p,
+                             const T* __restrict__ factor, int rows, const T* __restrict__ q, T* __restrict__ out) {
   constexpr int L = kLanes<T>;
   const int64_t leaves = a.at.leaves;
   const bool times_pool = a.times_pool, accumulate = a.accumulate;
@@ -306,20 +309,23 @@ FF_INLINE void scatter_pixel(const PoolScatterParams<T>& a, const T* const* __re
   }
 }
 
+// `pixels`: bit i says that a row reaches pixel i of the run.
 template <class T>
-void scatter_run(const PoolScatterParams<T>& a, const T* const* p, const T* factor, int rows, int pixels, const T* q,
-                 T* out) {
+void scatter_run(const PoolScatterParams<T>& a, const T* const* p, const T* factor, int rows, unsigned pixels,
+                 const T* q, T* out) {
   constexpr int L = kLanes<T>;
   const int64_t leaves = a.at.leaves;
   if (rows <= kFewRows) {
-    for (int i = 0; i < pixels; ++i) scatter_pixel(a, p, factor + i, rows, q + i * leaves, out + i * leaves);
+    for (int i = 0; i < kScatterBlock; ++i)
+      if (pixels >> i & 1) scatter_pixel(a, p, factor + i, rows, q + i * leaves, out + i * leaves);
     return;
   }
   int64_t n = 0;
   for (; n + kWide * L <= leaves; n += kWide * L) scatter_leaves<T, kWide>(a, p, factor, rows, pixels, q, out, n);
   for (; n + L <= leaves; n += L) scatter_leaves<T, 1>(a, p, factor, rows, pixels, q, out, n);
   for (; n < leaves; ++n)
-    for (int i = 0; i < pixels; ++i) {
+    for (int i = 0; i < kScatterBlock; ++i) {
+      if (!(pixels >> i & 1)) continue;
       T s = 0;
       for (int r = 0; r < rows; ++r) s += factor[r * kScatterBlock + i] * p[r][n];
       s *= a.scale;
@@ -362,6 +368,7 @@ void scatter(const PoolScatterParams<T>& a, const int32_t* tile_rows, const int6
         const Span block{x, min(x + kScatterBlock, tile_x.end)};
         const int64_t pixel = (int64_t(y) * at.width + x) * leaves;
         int reached = 0;
+        unsigned pixels = 0;
         for (int i = 0; i < count; ++i) {
           const Row<T>& row = rows.data()[i];
           const Span run = overlap(block, row.x);
@@ -378,14 +385,16 @@ void scatter(const PoolScatterParams<T>& a, const int32_t* tile_rows, const int6
             if (!(mix >= a.eps && mix - mix == T(0))) continue;
             f[k - x] = target / mix;
             any = true;
+            pixels |= 1u << (k - x);
           }
           if (any) reach.data()[reached++] = p;
         }
+        if (!a.accumulate)
+          for (int k = block.begin; k < block.end; ++k)
+            if (!(pixels >> (k - x) & 1)) std::memset(a.out + pixel + (k - x) * leaves, 0, sizeof(T) * leaves);
         if (reached)
-          scatter_run(a, reach.data(), factor.data(), reached, block.end - block.begin, a.pool ? a.pool + pixel : nullptr,
+          scatter_run(a, reach.data(), factor.data(), reached, pixels, a.pool ? a.pool + pixel : nullptr,
                       a.out + pixel);
-        else if (!a.accumulate)
-          std::memset(a.out + pixel, 0, sizeof(T) * leaves * length(block));
       }
   }
 }

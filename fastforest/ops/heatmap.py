@@ -184,7 +184,6 @@ def _check_maps(name: str, heatmap: object) -> None:
         raise ValueError(f"{name}: heatmap must be below 2^30 pixels a map, got {list(maps.shape)}")
 
 
-# ---- hooks ----------------------------------------------------------------------------------------------------
 # No autocast rule: the kernels read low precision as it is and sum in float32.
 
 
