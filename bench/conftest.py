@@ -183,6 +183,7 @@ def markdown(about: dict[str, Any], rows: list[Row]) -> str:
         "",
         f"commit {about['commit']}, PyTorch {about['torch']}, instruction set {about['isa']}, "
         f"copy {rates['copy_gbs']} GB/s, read {rates['read_gbs']} GB/s, GEMM {rates['gemm_gfs']} GF/s (float32). "
+        f"Allocator: {about['allocator'] or 'the system default'}. "
         "Milliseconds, median of interleaved turns [20 %, 80 %]; bars are the ratios the project set itself.",
         "",
         "| operator | size | ours ms | floor ms | best eager ms | best compile ms | x eager | x compile | bars | error "
@@ -227,7 +228,8 @@ def claims() -> Iterator[Bench]:
         "allocator": {k: v for k, v in os.environ.items() if k.startswith("MALLOC_")},
     }
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{slug(about['device'])}.json"
+    retaining = "-retaining-allocator" if about["allocator"] else ""
+    path = RESULTS / f"{slug(about['device'])}{retaining}.json"
     path.write_text(json.dumps({"about": about, "rows": [asdict(r) for r in session.rows]}, indent=1) + "\n")
     table = markdown(about, session.rows)
     path.with_suffix(".md").write_text(table)

@@ -2,6 +2,10 @@
 // inside no namespace: everything lands in ff::<FF_ISA>, so that no build's inline functions can stand in for
 // another's.
 #pragma once
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -64,12 +68,26 @@ FF_INLINE Vector<T> lane_index() {
 template <class T>
 FF_INLINE Vector<T> load_partial(const T* p, int count, T fill = T(0)) {
   Vector<T> v = broadcast<T>(fill);
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4)
+    return (Vector<T>)_mm512_mask_loadu_ps((__m512)v, __mmask16((1u << count) - 1u), p);
+  else
+    return (Vector<T>)_mm512_mask_loadu_pd((__m512d)v, __mmask8((1u << count) - 1u), p);
+#else
   __builtin_memcpy(&v, p, sizeof(T) * count);
   return v;
+#endif
 }
 template <class T>
 FF_INLINE void store_partial(T* p, Vector<T> v, int count) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4)
+    _mm512_mask_storeu_ps(p, __mmask16((1u << count) - 1u), (__m512)v);
+  else
+    _mm512_mask_storeu_pd(p, __mmask8((1u << count) - 1u), (__m512d)v);
+#else
   __builtin_memcpy(p, &v, sizeof(T) * count);
+#endif
 }
 template <class V>
 FF_INLINE V max(V a, V b) {

@@ -75,7 +75,7 @@ struct PoolCpu {
   void (*gather)(const PoolGatherParams<T>&, int64_t begin, int64_t end);  // positions in order
   void (*peak)(const PoolPeakParams<T>&, int64_t begin, int64_t end);      // rows
 };
-constexpr int kPoolTile = 8;  // canvas tiles of the scatter are kPoolTile x kPoolTile pixels
+constexpr int kPoolTile = 16;  // canvas tiles of the scatter are kPoolTile x kPoolTile pixels
 
 #define FF_POOL_TABLES(isa)     \
   namespace isa {               \

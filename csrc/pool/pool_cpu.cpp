@@ -43,8 +43,12 @@ FF_INLINE void dot_pixels(const T* __restrict__ p, const T* __restrict__ q, int6
       const Vector<T> v = load(p + n + u * L);
       for (int i = 0; i < P; ++i) acc[u][i] += v * load(q + i * leaves + n + u * L);
     }
-  for (; n < leaves; n += L) {
-    const int rest = int(min<int64_t>(L, leaves - n));
+  for (; n + L <= leaves; n += L) {
+    const Vector<T> v = load(p + n);
+    for (int i = 0; i < P; ++i) acc[0][i] += v * load(q + i * leaves + n);
+  }
+  if (n < leaves) {
+    const int rest = int(leaves - n);
     const Vector<T> v = load_partial(p + n, rest);
     for (int i = 0; i < P; ++i) acc[0][i] += v * load_partial(q + i * leaves + n, rest);
   }
@@ -100,8 +104,13 @@ void add_run(const T* __restrict__ factor, const T* __restrict__ q, int64_t leav
     }
     for (int u = 0; u < kHeld; ++u) store(total + n + u * L, acc[u]);
   }
-  for (; n < leaves; n += L) {
-    const int rest = int(min<int64_t>(L, leaves - n));
+  for (; n + L <= leaves; n += L) {
+    Vector<T> acc = load(total + n);
+    for (int i = 0; i < count; ++i) acc += broadcast<T>(factor[i]) * load(q + i * leaves + n);
+    store(total + n, acc);
+  }
+  if (n < leaves) {
+    const int rest = int(leaves - n);
     Vector<T> acc = load_partial(total + n, rest);
     for (int i = 0; i < count; ++i) acc += broadcast<T>(factor[i]) * load_partial(q + i * leaves + n, rest);
     store_partial(total + n, acc, rest);
@@ -301,11 +310,13 @@ FF_INLINE void scatter_pixel(const PoolScatterParams<T>& a, const T* const* __re
     if (accumulate) s += load(out + n);
     store(out + n, s);
   }
-  for (; n < leaves; ++n) {
-    T s = 0;
-    for (int r = 0; r < rows; ++r) s += factor[r * kScatterBlock] * scale * p[r][n];
-    if (times_pool) s *= q[n];
-    out[n] = accumulate ? out[n] + s : s;
+  if (n < leaves) {
+    const int rest = int(leaves - n);
+    Vector<T> s{};
+    for (int r = 0; r < rows; ++r) s += broadcast<T>(factor[r * kScatterBlock] * scale) * load_partial(p[r] + n, rest);
+    if (times_pool) s *= load_partial(q + n, rest);
+    if (accumulate) s += load_partial(out + n, rest);
+    store_partial(out + n, s, rest);
   }
 }
 
@@ -323,15 +334,21 @@ void scatter_run(const PoolScatterParams<T>& a, const T* const* p, const T* fact
   int64_t n = 0;
   for (; n + kWide * L <= leaves; n += kWide * L) scatter_leaves<T, kWide>(a, p, factor, rows, pixels, q, out, n);
   for (; n + L <= leaves; n += L) scatter_leaves<T, 1>(a, p, factor, rows, pixels, q, out, n);
-  for (; n < leaves; ++n)
+  if (n < leaves) {
+    const int rest = int(leaves - n);
+    Vector<T> acc[kScatterBlock] = {};
+    for (int r = 0; r < rows; ++r) {
+      const Vector<T> v = load_partial(p[r] + n, rest);
+      for (int i = 0; i < kScatterBlock; ++i) acc[i] += broadcast<T>(factor[r * kScatterBlock + i]) * v;
+    }
     for (int i = 0; i < kScatterBlock; ++i) {
       if (!(pixels >> i & 1)) continue;
-      T s = 0;
-      for (int r = 0; r < rows; ++r) s += factor[r * kScatterBlock + i] * p[r][n];
-      s *= a.scale;
-      if (a.times_pool) s *= q[i * leaves + n];
-      out[i * leaves + n] = a.accumulate ? out[i * leaves + n] + s : s;
+      Vector<T> s = acc[i] * a.scale;
+      if (a.times_pool) s *= load_partial(q + i * leaves + n, rest);
+      if (a.accumulate) s += load_partial(out + i * leaves + n, rest);
+      store_partial(out + i * leaves + n, s, rest);
     }
+  }
 }
 
 // Tiles of the canvas; tile_rows lists, for each, the rows whose windows reach it. No two tiles share a pixel, so

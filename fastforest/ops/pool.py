@@ -249,9 +249,9 @@ def pool_l2_statistics(
     height, width = _size(name, size)
     prob, points, weight, radius = _rows(name, prob, points, sigma, truncate, weight)
     prob = prob.detach()
-    reach = points.round()
-    limit = torch.tensor([width - 1, height - 1], dtype=points.dtype, device=points.device) + radius
-    seen = ((reach >= -radius) & (reach <= limit)).all(-1) & prob.sum(-1).isfinite()
+    x, y = points.round().unbind(-1)
+    seen = (x >= -radius) & (x <= width - 1 + radius) & (y >= -radius) & (y <= height - 1 + radius)
+    seen = seen & prob.sum(-1).isfinite()
     keep = seen.to(prob.dtype) if weight is None else torch.where(seen, weight, 0.0)
     shown = torch.where((keep != 0).unsqueeze(-1), prob, 0.0).flatten(0, 1)
     gram = (shown * keep.reshape(-1, 1)).T @ shown
@@ -323,10 +323,9 @@ def pool_expectation(prob: Tensor, pool: Tensor) -> tuple[Tensor, Tensor]:
     xy = torch.einsum("h,hwn,w->n", y, pool, x)
     moments = torch.stack([by_x.sum(0), x @ by_x, y @ by_y, x**2 @ by_x, y**2 @ by_y, xy], -1)
     mass, mx, my, xx, yy, xy = (prob @ moments).unbind(-1)
-    centre = torch.tensor([(width - 1) / 2, (height - 1) / 2], dtype=pool.dtype, device=pool.device)
     first = torch.stack([mx, my], -1)
-    mean = first + mass.unsqueeze(-1) * centre
-    d = mean - centre
+    mean = torch.stack([mx + mass * ((width - 1) / 2), my + mass * ((height - 1) / 2)], -1)
+    d = torch.stack([mean[..., 0] - (width - 1) / 2, mean[..., 1] - (height - 1) / 2], -1)
     second = torch.stack([xx, xy, xy, yy], -1).unflatten(-1, (2, 2))
     outer = d.unsqueeze(-1) * first.unsqueeze(-2)
     covariance = second - outer - outer.mT + mass[..., None, None] * d.unsqueeze(-1) * d.unsqueeze(-2)

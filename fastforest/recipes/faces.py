@@ -34,12 +34,14 @@ class FacesRecipe:
 
     size: side of the images, pixels. models: by name, keywords of the models' configuration; what both must share, the
     backbone's, stands in `backbone`. training: keywords of `TrainConfig` for both; `training_of` for one of them.
+    augment: keywords of `data.Augment` for both.
     """
 
     size: int = 96
     backbone: dict[str, Any] = field(default_factory=dict)
     models: dict[str, dict[str, Any]] = field(default_factory=lambda: {"forest": {}, "dense": {}})
-    training: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=lambda: {"amp": True, "steps": 228, "warmup": 100})
+    augment: dict[str, Any] = field(default_factory=lambda: {"rotation": 20.0, "scale": 0.1, "shift": 0.04})
     training_of: dict[str, dict[str, Any]] = field(default_factory=lambda: {"forest": {}, "dense": {}})
 
 
@@ -86,8 +88,10 @@ def _train(
     model = build_model(name, given | recipe.backbone | recipe.models[name])
     weights = sum(parameter.numel() for parameter in model.parameters())
     print(f"{name}: {weights:,} weights, {len(train)} faces, {len(held_out)} held out, {minutes:g} minutes", flush=True)
+    flip = data.FLIP_68 if len(shape) == len(data.FLIP_68) else None
+    augment = data.Augment(recipe.size, flip=flip, **recipe.augment)
     history = training.fit(
-        model, train, held_out, config, out, on_round=lambda record: print(report.round_line(record), flush=True)
+        model, train, held_out, config, out, augment=augment, on_round=lambda record: print(report.round_line(record), flush=True)
     )
     pred, truth = training.predict(model, held_out)
     kind = training.default_normalizer(len(shape))
