@@ -15,26 +15,29 @@ endif
 TORCH ?= torch==2.13.0
 TOOLS := setuptools>=77 wheel cmake>=3.24 ninja pybind11>=2.12 numpy scikit-image matplotlib pytest pytest-benchmark scipy
 
+CHECKERS := ruff==0.17.6 mypy==2.4.1 clang-format==23.1.5
+
 .PHONY: build demo test check bench gpu clean
 
 .venv/ready: pyproject.toml
 	python3 -m venv .venv || { echo "make: python3 -m venv failed: install your system's python3-venv package" >&2; exit 1; }
-	$(PY) -m pip install --quiet --disable-pip-version-check "$(TORCH)"
+	$(PY) -m pip install --quiet --disable-pip-version-check $(TORCH)
 	$(PY) -m pip install --quiet --disable-pip-version-check $(foreach tool,$(TOOLS),"$(tool)")
 	touch $@
 
 build: $(SETUP)
 	FASTFOREST_SHIM=1 $(PY) setup.py --quiet build_ext --inplace
 
+# The demo trains on the CPU: no need to wait for nvcc.
 demo: $(SETUP)
-	FASTFOREST_CUDA=$${FASTFOREST_CUDA-} $(PY) setup.py --quiet build_ext --inplace
+	FASTFOREST_CUDA=$${FASTFOREST_CUDA-0} $(PY) setup.py --quiet build_ext --inplace
 	$(PY) -m fastforest train --data synthetic --out runs/demo --overwrite
 
 test: build
 	$(PY) -m pytest python_tests
 
 check: build
-	$(PY) -m pip install --quiet --disable-pip-version-check $$($(PY) -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['check'])")
+	$(PY) -m pip install --quiet --disable-pip-version-check $(CHECKERS)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy

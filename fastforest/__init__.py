@@ -3,6 +3,7 @@
 Operators stand here (`ff.pool_kl_loss`), layers in `ff.nn`; `fastforest.data`, `metrics`, `models` and `training` are
 imported by name.
 
+>>> import torch
 >>> import fastforest as ff
 >>> head = ff.nn.LeafPool(in_features=256, landmarks=68, leaves=64, size=(32, 32), sigma=2.0)
 >>> head(torch.rand(4, 256)).shape

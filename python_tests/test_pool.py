@@ -437,6 +437,19 @@ def test_no_images_no_landmarks():
         assert ff.pool_heatmap(prob, pool).shape == (batch, landmarks, 6, 7)
 
 
+def test_images_more_than_2_to_the_31_elements_apart():
+    prob, pool, points = leaves_and_rows(2, 3, 4, 6, 7, torch.float32)
+    far_prob, far_points = contract.far_view((2, 3, 4)), contract.far_view((2, 3, 2))
+    far_prob.copy_(prob)
+    far_points.copy_(points)
+    torch.testing.assert_close(
+        ff.pool_kl_loss(far_prob, pool, far_points, 1.0), ff.pool_kl_loss(prob, pool, points, 1.0), rtol=0, atol=0
+    )
+    torch.testing.assert_close(
+        ff.pool_kl_statistics(far_prob, pool, far_points, 1.0), ff.pool_kl_statistics(prob, pool, points, 1.0)
+    )
+
+
 def test_the_gradient_is_refused_where_none_is_defined(sample):
     prob, pool, points = sample
     with pytest.raises(ValueError, match="pool_kl_loss: points must not require a gradient"):

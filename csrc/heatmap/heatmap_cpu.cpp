@@ -27,7 +27,7 @@ using Index = typename VectorOf<C>::Int;
 template <class T>
 constexpr int kWidth = kLanes<Compute<T>>;  // elements a vector of the working precision holds
 
-// ---- loads and stores that convert ----------------------------------------------------------------------------------
+// Loads and stores that convert.
 
 FF_INLINE FloatVector widen(const BFloat16*, ShortVector h) {
   return (FloatVector)(__builtin_convertvector(h, IntVector) << 16);
@@ -162,8 +162,6 @@ FF_INLINE C infinity() {
   return C(INFINITY);
 }
 
-// ---- where things are -----------------------------------------------------------------------------------------------
-
 struct Region {
   Cells x, y;
   FF_INLINE int64_t pixels() const { return int64_t(x.end - x.begin) * (y.end - y.begin); }
@@ -234,7 +232,7 @@ FF_INLINE LogitGrad<Compute<T>> logit_grad_of(const SoftArgmaxParams<T>& p, cons
   return logit_grad(p.points[2 * r], p.points[2 * r + 1], grad_points[2 * r], grad_points[2 * r + 1], share, back);
 }
 
-// ---- peak -----------------------------------------------------------------------------------------------------------
+// Peak.
 
 template <class C>
 struct Best {
@@ -360,7 +358,7 @@ void peak(const PeakParams<T>& p, int64_t begin, int64_t end) {
   }
 }
 
-// ---- soft-argmax, planar --------------------------------------------------------------------------------------------
+// Soft-argmax, planar.
 
 // max(sign z) over n pixels
 template <class T>
@@ -449,7 +447,7 @@ FF_INLINE void poison(const SoftArgmaxParams<T>& p, int64_t r) {
   p.points[2 * r] = p.points[2 * r + 1] = p.normalizer[2 * r] = p.normalizer[2 * r + 1] = Compute<T>(NAN);
 }
 
-// ---- soft-argmax, pixel-major ---------------------------------------------------------------------------------------
+// Soft-argmax, pixel-major.
 
 // One image row at a time: its maximum, then its exponentials, while it stands in the cache.
 template <class T>
@@ -593,8 +591,6 @@ FF_INLINE void strided_region_backward(const SoftArgmaxBackwardParams<T>& b, int
   if (b.grad_beta) b.grad_beta[r] = sum_beta + (p.debias ? g.total * top : C(0));
 }
 
-// ---- soft-argmax, tasks ---------------------------------------------------------------------------------------------
-
 template <class T>
 void soft_argmax(const SoftArgmaxParams<T>& p, int64_t begin, int64_t end) {
   using C = Compute<T>;
@@ -680,7 +676,7 @@ void soft_argmax_backward(const SoftArgmaxBackwardParams<T>& b, int64_t begin, i
   }
 }
 
-// ---- render ---------------------------------------------------------------------------------------------------------
+// Render.
 
 // The axes of one map, and for the gradient their first and second moments: g, g (d - E d), g (d^2 - E d^2), d = h - c;
 // the means are 0 but for sum-normalised axes.

@@ -88,7 +88,7 @@ __device__ __forceinline__ void each_pixel(const T* z, const Maps<const T>& m, c
   }
 }
 
-// ---- peak -----------------------------------------------------------------------------------------------------------
+// Peak.
 
 template <class C>
 struct Best {
@@ -143,7 +143,7 @@ __global__ void __launch_bounds__(kBlock) peak_kernel(PeakParams<T> p) {
   p.score[r] = score;
 }
 
-// ---- soft-argmax ----------------------------------------------------------------------------------------------------
+// Soft-argmax.
 
 template <class T>
 __device__ __forceinline__ Compute<T> beta_of(const SoftArgmaxParams<T>& p) {
@@ -362,7 +362,7 @@ __global__ void __launch_bounds__(32 * kWarps) soft_argmax_lanes_backward_kernel
   b.grad_beta[r] = sum_beta + (p.debias ? g.total * top : C(0));
 }
 
-// ---- render ---------------------------------------------------------------------------------------------------------
+// Render.
 
 template <class T>
 __device__ __forceinline__ Compute<T> sigma_of(const RenderParams<T>& p, int64_t r) {
@@ -477,8 +477,6 @@ __global__ void __launch_bounds__(kThreads) render_backward_kernel(RenderBackwar
   b.grad_points[2 * r + 1] = T(sum_y * inverse);
   b.grad_sigmas[r] = sum_sigma * inverse / sigma;
 }
-
-// ---- launches -------------------------------------------------------------------------------------------------------
 
 // One block a map, of a size that fits it.
 template <class Params, class Kernel>
