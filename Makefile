@@ -1,4 +1,5 @@
-# make demo | test | check | bench | gpu | build | clean. Each sets up what it needs in .venv, or uses PYTHON=... as it is.
+# make demo | test | check | bench | build | clean set up what they need in .venv; PYTHON=path uses that interpreter instead.
+# make gpu uses python3 (or PYTHON=path), which must have a PyTorch with CUDA.
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := build
@@ -11,7 +12,7 @@ PY := .venv/bin/python
 SETUP := .venv/ready
 endif
 
-# The exact version for CPU machines: a plain `torch` brings gigabytes of CUDA libraries.
+# The version that the CPU is tested with; TORCH="..." names another, or an index that has a build without CUDA libraries.
 TORCH ?= torch==2.13.0
 TOOLS := setuptools>=77 wheel cmake>=3.24 ninja pybind11>=2.12 numpy scikit-image matplotlib pytest pytest-benchmark scipy
 
@@ -26,7 +27,7 @@ CHECKERS := ruff==0.17.6 mypy==2.4.1 clang-format==23.1.5
 	touch $@
 
 build: $(SETUP)
-	FASTFOREST_SHIM=1 $(PY) setup.py --quiet build_ext --inplace
+	FASTFOREST_STRICT=1 FASTFOREST_SHIM=1 $(PY) setup.py --quiet build_ext --inplace
 
 # The demo trains on the CPU: no need to wait for nvcc.
 demo: $(SETUP)
@@ -41,7 +42,8 @@ check: build
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
-	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' | xargs $(dir $(PY))clang-format --dry-run --Werror
+	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' | \
+	  xargs "$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("scripts"))')/clang-format" --dry-run --Werror
 
 # Twice: with the system's allocator, which users have, and with one that keeps its memory, which flatters the rivals.
 bench: build

@@ -69,6 +69,7 @@ class CMakeBuild(build_ext):
             f"-DFASTFOREST_VERSION={self.distribution.get_version()}",
             f"-DFASTFOREST_CUDA={'ON' if nvcc else 'OFF'}",
             f"-DFASTFOREST_SHIM={'ON' if os.environ.get('FASTFOREST_SHIM') == '1' else 'OFF'}",
+            f"-DFASTFOREST_STRICT={'ON' if os.environ.get('FASTFOREST_STRICT') == '1' else 'OFF'}",
             f"-DFASTFOREST_ARCHS={cmake_architectures(os.environ.get('TORCH_CUDA_ARCH_LIST', '8.0;9.0+PTX'))}",
         ]
         if nvcc:

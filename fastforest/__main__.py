@@ -60,7 +60,10 @@ def guarded(run: Callable[[], None], options: argparse.Namespace) -> int:
 
 def train(options: argparse.Namespace) -> None:
     synthetic = options.data == "synthetic"
-    out = options.out or _unused(Path("runs") / f"{Path(options.data).name}-{options.model}")
+    if options.resume and options.out is None:
+        raise BadInput("--resume needs --out, the folder of the run to continue")
+    name = "synthetic" if synthetic else Path(options.data).resolve().name
+    out = options.out or _unused(Path("runs") / f"{name}-{options.model}")
     existing = out / "checkpoint.pt"
     if existing.exists() and not (options.resume or options.overwrite):
         raise BadInput(f"{existing}: exists already, continue it with --resume or replace it with --overwrite")

@@ -140,6 +140,8 @@ ERRORS = [
     (lambda: ff.pool_kl_loss(P, Q[:0], X, 1.0), ValueError, r"pool must not be empty, got \[0, 6, 4\]"),
     (lambda: ff.pool_kl_loss(P, Q, X[:, :2], 1.0), ValueError, r"points must be \[2, 3, 2\] .*got \[2, 2, 2\]"),
     (lambda: ff.pool_kl_loss(P, Q, X, 0.0), ValueError, "sigma must be above 0, got 0"),
+    (lambda: ff.pool_kl_loss(P, Q, X, 1e20), ValueError, "sigma must be within 1e-15 and 1e15, got 1e.20"),
+    (lambda: ff.pool_kl_loss(P, Q, X, 1.0, weight=[1.0]), TypeError, "weight must be a tensor .*got list"),
     (lambda: ff.pool_kl_loss(P, Q, X, math.nan), ValueError, "sigma must be finite, got nan"),
     (lambda: ff.pool_kl_loss(P, Q, X, torch.ones(2, 3)), TypeError, "sigma must be a number, got Tensor"),
     (lambda: ff.pool_kl_loss(P, Q, X, 1.0, truncate=-1.0), ValueError, "truncate must be at least 0"),
@@ -154,7 +156,7 @@ ERRORS = [
         "out must be contiguous",
     ),
     (lambda: ff.pool_kl_statistics(P, Q, X, 1.0, out=Q.double()), ValueError, "out's dtype must be torch.float32"),
-    (lambda: ff.pool_l2_statistics(P, X, 1.0, 5), TypeError, r"size must be \(H, W\), got 5"),
+    (lambda: ff.pool_l2_statistics(P, X, 1.0, 5), TypeError, r"size must be \(H, W\), two integers, got 5"),
     (lambda: ff.pool_l2_statistics(P, X, 1.0, (0, 5)), ValueError, r"size must be at least \(1, 1\)"),
     (lambda: ff.pool_kl_update(Q, Q[:2]), ValueError, r"pool_kl_update: pool must be \[5, 6, 4\]"),
     (lambda: ff.pool_kl_update(Q, Q, min_mass=-1), ValueError, "min_mass must be at least 0"),
@@ -458,6 +460,59 @@ def test_the_gradient_is_refused_where_none_is_defined(sample):
     with pytest.raises(ValueError, match="weight must not require a gradient"):
         ff.pool_l2_loss(prob, pool, points, 1.0, weight=torch.ones(3, 5, requires_grad=True))
     prob.requires_grad_()
-    (grad,) = torch.autograd.grad(ff.pool_kl_loss(prob, pool, points, 1.0).sum(), prob, create_graph=True)
-    with pytest.raises(RuntimeError):
-        torch.autograd.grad(grad.sum(), prob)
+    for total in (torch.sum, lambda loss: loss.square().sum()):
+        (grad,) = torch.autograd.grad(total(ff.pool_kl_loss(prob, pool, points, 1.0)), prob, create_graph=True)
+        with pytest.raises(RuntimeError, match="pool_kl_loss cannot be differentiated twice"):
+            torch.autograd.grad(grad.sum(), prob)
+
+
+def test_a_broken_weight_breaks_its_row_alone(sample):
+    prob, pool, points = sample
+    points = points.clamp(2, 10)
+    for bad in (math.nan, math.inf):
+        weight = torch.ones(3, 5)
+        weight[1, 2] = bad
+        hidden = torch.ones(3, 5)
+        hidden[1, 2] = 0
+        for loss in (ff.pool_kl_loss, ff.pool_l2_loss):
+            row = loss(prob, pool, points, 1.0, weight=weight)
+            assert row.isnan().sum() == 1 and row[1, 2].isnan()
+        torch.testing.assert_close(
+            ff.pool_kl_statistics(prob, pool, points, 1.0, weight=weight),
+            ff.pool_kl_statistics(prob, pool, points, 1.0, weight=hidden),
+        )
+        torch.testing.assert_close(
+            ff.pool_l2_statistics(prob, points, 1.0, (17, 19), weight=weight),
+            ff.pool_l2_statistics(prob, points, 1.0, (17, 19), weight=hidden),
+        )
+
+
+def test_an_infinite_selection_has_no_peak(sample):
+    prob, pool, _ = (t.clone() for t in sample)
+    prob[1, 2, 3], prob[0, 0, 0] = math.inf, -math.inf
+    points, score = ff.pool_peak(prob, pool)
+    assert score.isnan().sum() == 2 and points[1, 2].isnan().all() and points[0, 0].isnan().all()
+
+
+def test_a_floor_of_0_divides_nothing_by_0():
+    pool = torch.zeros(8, 8, 2)
+    pool[0, 0, 0] = pool[7, 7, 1] = 1.0
+    prob, points = torch.tensor([[[1.0, 0.0]]]), torch.tensor([[[4.0, 4.0]]])
+    for eps in (0.0, 1e-50):
+        assert ff.pool_kl_statistics(prob, pool, points, 0.5, eps=eps).isfinite().all()
+        assert ff.pool_kl_loss(prob, pool, points, 0.5, eps=eps).isfinite().all()
+
+
+def test_statistics_of_a_transposed_pool_compile(sample):
+    prob, pool, points = sample
+    strided = pool.transpose(0, 1).contiguous().transpose(0, 1)
+    compiled = torch.compile(ff.pool_kl_statistics, fullgraph=True)
+    torch.testing.assert_close(
+        compiled(prob, strided, points, 1.0), ff.pool_kl_statistics(prob, pool, points, 1.0), rtol=0, atol=0
+    )
+
+
+def test_vmap_over_nothing(sample):
+    prob, pool, points = sample
+    none = torch.vmap(lambda p: ff.pool_kl_loss(p, pool, points, 1.0))(prob.new_empty(0, *prob.shape))
+    assert none.shape == (0, 3, 5)

@@ -12,9 +12,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 
 CSRC = Path(__file__).resolve().parents[1] / "csrc"
 DRIVERS = sorted((CSRC / "host_shim" / "test").glob("*_driver.cpp"))
+TORCH_HEADERS = Path(torch.__file__).parent / "include"  # of torch/headeronly: the 16-bit types
 CXX = shutil.which(os.environ.get("CXX", "g++"))
 FLAGS = ["-std=c++20", "-O1", "-g1", "-pthread", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-psabi"]
 BUILDS = {
@@ -30,7 +32,7 @@ pytestmark = [
 
 def compile_object(source: Path, flags: list[str], target: Path) -> str:
     """Return the compiler's complaint, empty if it had none."""
-    command = [str(CXX), *FLAGS, *flags, "-DFF_HOST_SHIM", "-DFF_ISA=baseline", f"-I{CSRC}"]
+    command = [str(CXX), *FLAGS, *flags, "-DFF_HOST_SHIM", "-DFF_ISA=baseline", f"-I{CSRC}", f"-isystem{TORCH_HEADERS}"]
     return subprocess.run(
         [*command, "-x", "c++", "-c", str(source), "-o", str(target)], capture_output=True, text=True
     ).stderr

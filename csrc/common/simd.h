@@ -120,17 +120,22 @@ FF_INLINE T max_lane(Vector<T> v) {
 // summed over their lanes in 7 such steps and one more, a third of the work of eight separate sums.
 template <class T>
 FF_INLINE Vector<T> pair_sums(Vector<T> a, Vector<T> b) {
+#if defined(__clang__)
+#define FF_TAKE(...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define FF_TAKE(...) __builtin_shuffle(a, b, typename VectorOf<T>::Int{__VA_ARGS__})
+#endif
   if constexpr (kLanes<T> == 16) {
-    return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
-           __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+    return FF_TAKE(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
+           FF_TAKE(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
   } else if constexpr (kLanes<T> == 8) {
-    return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14) +
-           __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15);
+    return FF_TAKE(0, 2, 4, 6, 8, 10, 12, 14) + FF_TAKE(1, 3, 5, 7, 9, 11, 13, 15);
   } else if constexpr (kLanes<T> == 4) {
-    return __builtin_shufflevector(a, b, 0, 2, 4, 6) + __builtin_shufflevector(a, b, 1, 3, 5, 7);
+    return FF_TAKE(0, 2, 4, 6) + FF_TAKE(1, 3, 5, 7);
   } else {
-    return __builtin_shufflevector(a, b, 0, 2) + __builtin_shufflevector(a, b, 1, 3);
+    return FF_TAKE(0, 2) + FF_TAKE(1, 3);
   }
+#undef FF_TAKE
 }
 
 // exp and log to 2 ulp over the whole range, with the limits of the standard functions (NaN, infinities, 0).

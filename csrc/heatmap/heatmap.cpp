@@ -5,6 +5,7 @@
 #include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
+#include <cmath>
 
 #include "common/isa.h"
 #include "common/stable_torch.h"
@@ -105,11 +106,13 @@ void check_like(const char* op, const char* name, const Tensor& t, ScalarType ty
            " has the wrong dtype or device");
 }
 
-// ---- render ---------------------------------------------------------------------------------------------------------
-
 template <class T>
 RenderParams<T> render_params(const Tensor& points, const OptionalTensor& sigmas, double sigma, HeatmapSize size,
                               bool normalized, double truncate) {
+  // The window of a number is that of the number, not of its rounding to float: ceil(t sigma) is settled here, and
+  // handed on half a cell low, so that the kernels' ceil finds it again.
+  const double cells = std::ceil(truncate * sigma);
+  if (!sigmas && cells >= 1) truncate = (cells - 0.5) / double(Compute<T>(sigma));
   return {size,       data<T>(points), sigmas ? data<Compute<T>>(*sigmas) : nullptr, Compute<T>(sigma), truncate,
           normalized, nullptr};
 }
@@ -176,8 +179,6 @@ std::tuple<Tensor, Tensor> render_backward(const Tensor& grad_maps, const Tensor
   });
   return {grad_points, grad_sigmas};
 }
-
-// ---- soft-argmax ----------------------------------------------------------------------------------------------------
 
 template <class T>
 SoftArgmaxParams<T> soft_argmax_params(const Tensor& heatmap, const OptionalTensor& beta_value, double beta,
@@ -263,8 +264,6 @@ std::tuple<Tensor, Tensor> soft_argmax_backward(const Tensor& grad_points_in, co
   if (!alike) torch::stable::copy_(grad_heatmap, grad);
   return {grad_heatmap, grad_beta};
 }
-
-// ---- peak -----------------------------------------------------------------------------------------------------------
 
 std::tuple<Tensor, Tensor> peak(const Tensor& heatmap_in, int64_t refine) {
   const char* op = "peak";

@@ -111,6 +111,6 @@ template <class T>
 int soft_argmax_backward_cuda(const SoftArgmaxBackwardParams<T>&, CUstream_st*);
 template <class T>
 int peak_cuda(const PeakParams<T>&, CUstream_st*);
-constexpr int kMostRenderCells = 2048;  // H + W of a rendered map on CUDA: its axes stand in shared memory
+constexpr int kMostRenderCells = 2044;  // H + W of a rendered map on CUDA: its axes stand in shared memory
 
 }  // namespace ff

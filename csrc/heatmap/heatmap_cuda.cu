@@ -379,7 +379,8 @@ __device__ __forceinline__ Cells fill_axis(C* g, C* g1, C* g2, C centre, C sigma
   C total = C(0), first = C(0), second = C(0);
   for (int i = threadIdx.x; i < size; i += kThreads) {
     const C d = C(i) - centre;
-    const C value = i >= cells.begin && i < cells.end ? exp(gauss.factor * d * d - gauss.shift) : C(0);
+    const C power = gauss.factor * d * d - gauss.shift;  // at most 0 but for rounding
+    const C value = i >= cells.begin && i < cells.end ? exp(power > C(0) ? C(0) : power) : C(0);
     g[i] = value;
     total += value, first += value * d, second += value * d * d;
   }

@@ -159,7 +159,7 @@ Seen read_row(const PoolRows<T>& at, int64_t index, Row<T>& row) {
   row.weight = at.weight ? at.weight[index] : T(1);
   if (row.weight == T(0)) return Seen::nothing;
   const T px = at.points[2 * index], py = at.points[2 * index + 1];
-  if (!(px - px == T(0) && py - py == T(0))) return Seen::undefined;
+  if (!(px - px == T(0) && py - py == T(0) && row.weight - row.weight == T(0))) return Seen::undefined;
   row.x = window_span(px, at.radius, at.width);
   row.y = window_span(py, at.radius, at.height);
   if (row.x.begin >= row.x.end || row.y.begin >= row.y.end) return Seen::nothing;
@@ -472,7 +472,7 @@ void peak(const PoolPeakParams<T>& a, int64_t begin, int64_t end) {
         dot_run(a.prob + (first + r) * leaves, a.pool + start * leaves, leaves, count, yhat.data());
         for (int i = 0; i < count; ++i) {
           const T v = yhat.data()[i];
-          undefined[r] |= v != v;
+          undefined[r] |= v - v != T(0);
           if (v > best[r]) {
             best[r] = v;
             where[r] = start + i;

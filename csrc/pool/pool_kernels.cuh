@@ -131,7 +131,7 @@ __device__ __forceinline__ Target<T> read_target(const PoolRows<T>& at, int row)
   if (t.weight == T(0)) return t;
   t.px = at.points[2 * int64_t(row)];
   t.py = at.points[2 * int64_t(row) + 1];
-  if (!(t.px - t.px == T(0) && t.py - t.py == T(0))) {
+  if (!(t.px - t.px == T(0) && t.py - t.py == T(0) && t.weight - t.weight == T(0))) {
     t.seen = Seen::undefined;
     return t;
   }
@@ -714,8 +714,9 @@ __device__ __forceinline__ void search_rows(const PoolRows<T>& at, Span xs, Span
       if (row[j] >= 0) {
         const Span x = window_span(at.points[2 * int64_t(row[j])], at.radius, at.width);
         const Span y = window_span(at.points[2 * int64_t(row[j]) + 1], at.radius, at.height);
-        hit = x.begin < xs.end && x.end > xs.begin && y.begin < ys.end && y.end > ys.begin &&
-              (!at.weight || at.weight[row[j]] != T(0));
+        const T weight = at.weight ? at.weight[row[j]] : T(1);
+        hit = x.begin < xs.end && x.end > xs.begin && y.begin < ys.end && y.end > ys.begin && weight != T(0) &&
+              weight - weight == T(0);
       }
       reach[j] = __ballot_sync(kAll, hit);
       mine += __popc(reach[j]);
@@ -915,10 +916,10 @@ __device__ __forceinline__ Best<float> unpack_peak(unsigned long long key) {
 
 template <class T>
 __device__ __forceinline__ void write_peak(const PoolPeakParams<T>& a, int64_t row, const Best<T>& best, T dx, T dy) {
-  const bool undefined = best.value != best.value;
+  const bool undefined = best.value - best.value != T(0);  // infinities too: a broken row
   a.points[2 * row] = undefined ? T(NAN) : T(best.where % a.width) + dx;
   a.points[2 * row + 1] = undefined ? T(NAN) : T(best.where / a.width) + dy;
-  a.score[row] = best.value;
+  a.score[row] = undefined ? T(NAN) : best.value;
 }
 
 // yhat = p q^T as a tiled product whose epilogue keeps each row's highest pixel.

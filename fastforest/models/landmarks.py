@@ -6,6 +6,7 @@ pixels, 0-based, pixel centres at integers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -251,7 +252,7 @@ class DenseHeatmap(nn.Module):
         side = maps.shape[-1]
         grid = torch.arange(side, device=maps.device, dtype=maps.dtype)
         peak = maps.flatten(2).argmax(dim=-1)
-        reach = 2 * self.sigma
+        reach = math.ceil(2 * self.sigma)
         rows = (grid - (peak // side)[..., None]).abs() <= reach
         columns = (grid - (peak % side)[..., None]).abs() <= reach
         near = rows[..., :, None] & columns[..., None, :]

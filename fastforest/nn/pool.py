@@ -220,7 +220,7 @@ class LeafPool(nn.Module):
         weight = self._visible(weight, target)
         if self.leaf_update == "bounding":
             if self._statistics is None:
-                self._statistics = torch.zeros_like(self.pool)
+                self._statistics = torch.zeros_like(self.pool, dtype=target.dtype)
             ops_pool.pool_kl_statistics(
                 prob,
                 self.pool,
@@ -317,13 +317,15 @@ class LeafPool(nn.Module):
             raise ValueError(f"LeafPool: points must be [{batch}, {self.landmarks}, 2], got {list(points.shape)}")
         if not points.is_floating_point():
             raise TypeError(f"LeafPool: points must be floating-point, got {points.dtype}")
-        return self.to_canvas(points.detach()).to(self.pool.dtype)
+        precise = torch.float64 if self.pool.dtype == torch.float64 else torch.float32
+        return self.to_canvas(points.detach().to(precise)).to(precise)
 
     def _visible(self, weight: Tensor | None, target: Tensor) -> Tensor | None:
         if weight is None:
             return None
-        if weight.shape != target.shape[:2]:
-            raise ValueError(f"LeafPool: weight must be {list(target.shape[:2])}, got {list(weight.shape)}")
+        if not isinstance(weight, Tensor) or weight.shape != target.shape[:2]:
+            got = list(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
+            raise ValueError(f"LeafPool: weight must be {list(target.shape[:2])}, got {got}")
         return weight.to(target.dtype)
 
     def _checked_mean_shape(self, mean_shape: Tensor | Sequence[Sequence[float]] | None) -> Tensor | None:

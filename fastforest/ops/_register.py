@@ -103,10 +103,22 @@ def _vmap_rule(name: str, foldable: tuple[int, ...]) -> Callable[..., Any]:
             return tuple(o.unflatten(0, (size, -1)) for o in out), (0,) * len(out)
         return out.unflatten(0, (size, -1)), 0
 
+    def nothing(in_dims: Sequence[int | None], args: Sequence[Any]) -> Any:
+        """A batch of size 0: the fake kernel knows the shapes of the rows that are not there."""
+        one = [
+            a if d is None else a.new_empty(a.shape[:d] + a.shape[d + 1 :]) for a, d in zip(args, in_dims, strict=True)
+        ]
+        out = _hooks[name].fake(*one)
+        if isinstance(out, tuple):
+            return tuple(o.new_empty((0, *o.shape)) for o in out), (0,) * len(out)
+        return out.new_empty((0, *out.shape)), 0
+
     def rule(info: Any, in_dims: Sequence[int | None], *args: Any) -> Any:
         dims = [d if isinstance(d, int) else None for d in in_dims]
-        empty = any(args[i] is not None and args[i].numel() == 0 for i in foldable)
-        if not empty and all(d is None or i in foldable for i, d in enumerate(dims)):
+        if info.batch_size == 0:
+            return nothing(dims, args)
+        leading = [args[i].shape[1 if dims[i] == 0 else 0] for i in foldable if args[i] is not None]
+        if 0 not in leading and all(d is None or i in foldable for i, d in enumerate(dims)):
             return fold(info.batch_size, dims, args)
         return loop(info.batch_size, dims, args)
 

@@ -53,7 +53,7 @@ def render_gaussian(
     incoming gradient once and stores no other map. Not differentiable twice.
 
     Raises:
-        TypeError, ValueError: an argument of another type, dtype, shape, device or range. On CUDA, H + W > 2048.
+        TypeError, ValueError: an argument of another type, dtype, shape, device or range. On CUDA, H + W > 2044.
 
     Deterministic, bit by bit; no synchronisation, CUDA-graph safe. Cost: one write of the maps; H + W
     exponentials a map.
@@ -74,8 +74,8 @@ def render_gaussian(
         sigmas, sigma = sigma.to(compute_dtype(points.dtype)), 1.0
     else:
         sigma = check_number(name, "sigma", sigma, above=0)
-    if points.is_cuda and height + width > 2048:
-        raise ValueError(f"{name}: H + W must be at most 2048 on CUDA, got {height + width}")
+    if points.is_cuda and height + width > 2044:
+        raise ValueError(f"{name}: H + W must be at most 2044 on CUDA, got {height + width}")
     return op("heatmap_render")(points, sigmas, sigma, height, width, normalize == "sum", cut)
 
 

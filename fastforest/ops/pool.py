@@ -8,7 +8,8 @@ even), renormalised to 1. Work is proportional to the window, not to the canvas.
 
 Everywhere: float32 or float64 inside (bfloat16 and float16 are computed in float32); a window that misses the canvas
 counts 0; ``weight`` [B, P] multiplies its row, and weight 0 hides the row whatever it holds. Deterministic: sums are
-taken in a fixed order. Nothing waits for the GPU; CUDA graphs can capture every operator.
+taken in a fixed order. Nothing but an update waits for the GPU; CUDA graphs can capture the rest. `torch.vmap` works;
+of the other transforms, forward mode and second derivatives do not.
 """
 
 from __future__ import annotations
@@ -101,7 +102,7 @@ def pool_kl_loss(
     (torch.Size([2, 3]), torch.Size([2, 3, 8]))
     """
     prob, pool, points, weight, radius = _windowed("pool_kl_loss", prob, pool, points, sigma, truncate, weight)
-    eps = check_number("pool_kl_loss", "eps", eps, least=0)
+    eps = _floor("pool_kl_loss", eps, prob.dtype)
     need_grad = torch.is_grad_enabled() and prob.requires_grad
     return op("pool_kl_loss")(prob, pool, points, weight, float(sigma), radius, eps, need_grad)[0]
 
@@ -120,7 +121,7 @@ def pool_kl_statistics(
     """Bounding statistics of the leaves: ``stat(h, n) = q(h, n) sum_{b, p: h in W} w p_n y / yhat``, [H, W, N].
 
     Additive over batches and ranks while the pool is fixed; `pool_kl_update` turns the sum into the new pool. A row that
-    holds NaN or infinity, and a pixel where yhat is below eps, contribute nothing.
+    holds NaN or infinity (its weight included), and a pixel where yhat is below eps, contribute nothing.
 
     Args:
         prob, pool, points, sigma, truncate, weight, eps: as `pool_kl_loss`. No gradients.
@@ -134,7 +135,7 @@ def pool_kl_statistics(
     """
     name = "pool_kl_statistics"
     prob, pool, points, weight, radius = _windowed(name, prob, pool, points, sigma, truncate, weight)
-    eps = check_number(name, "eps", eps, least=0)
+    eps = _floor(name, eps, prob.dtype)
     args = (prob.detach(), pool.detach(), points, weight, float(sigma), radius, eps)
     if out is None:
         return op("pool_kl_statistics")(*args)
@@ -224,8 +225,9 @@ def pool_l2_loss(
     seen = square != 0
     selected = torch.where(seen.unsqueeze(-1), prob, 0.0)
     loss = square + (selected * (selected @ gram - 2 * target)).sum(-1)
-    loss = loss + (loss - loss)  # an infinite row is NaN
-    return loss if weight is None else loss * torch.where(seen, weight, 0.0)
+    if weight is not None:
+        loss = loss * torch.where(seen, weight, 0.0)
+    return loss + (loss - loss)  # an infinite row is NaN
 
 
 @_full_precision
@@ -252,7 +254,7 @@ def pool_l2_statistics(
     x, y = points.round().unbind(-1)
     seen = (x >= -radius) & (x <= width - 1 + radius) & (y >= -radius) & (y <= height - 1 + radius)
     seen = seen & prob.sum(-1).isfinite()
-    keep = seen.to(prob.dtype) if weight is None else torch.where(seen, weight, 0.0)
+    keep = seen.to(prob.dtype) if weight is None else torch.where(seen & weight.isfinite(), weight, 0.0)
     shown = torch.where((keep != 0).unsqueeze(-1), prob, 0.0).flatten(0, 1)
     gram = (shown * keep.reshape(-1, 1)).T @ shown
     return gram, op("pool_l2_cross")(prob, points, keep, height, width, float(sigma), radius)
@@ -277,6 +279,10 @@ def pool_l2_update(gram: Tensor, cross: Tensor, *, ridge: float = 1e-6, simplex:
     check_tensor(name, "cross", cross, "[H, W, N]", like=gram)
     leaves = cross.shape[-1]
     check_same(name, "gram", list(gram.shape), [leaves, leaves], "[N, N] of cross")
+    if not cross.numel() or not bool(gram.isfinite().all() & cross.isfinite().all()):
+        raise ValueError(
+            f"{name}: gram and cross must be finite and not empty, got {list(cross.shape)} with NaN or inf"
+        )
     ridge = check_number(name, "ridge", ridge, least=0)
     # The solve is small beside the statistics, and a gram squares the condition of the selection: float64.
     diagonal = gram.diagonal()
@@ -365,9 +371,14 @@ def _project_simplex(v: Tensor) -> Tensor:
     return (v - excess.gather(-1, support - 1) / support).clamp_min(0)
 
 
+def _floor(name: str, eps: float, dtype: torch.dtype) -> float:
+    """eps, but at least the least normal number: nothing is divided by 0."""
+    return max(check_number(name, "eps", eps, least=0), torch.finfo(dtype).tiny)
+
+
 def _size(name: str, size: tuple[int, int]) -> tuple[int, int]:
-    if not (isinstance(size, (tuple, list, torch.Size)) and len(size) == 2 and all(int(s) == s for s in size)):
-        raise TypeError(f"{name}: size must be (H, W), got {size!r}")
+    if not (isinstance(size, (tuple, list)) and len(size) == 2 and all(isinstance(s, int) for s in size)):
+        raise TypeError(f"{name}: size must be (H, W), two integers, got {size!r}")
     if min(size) < 1:
         raise ValueError(f"{name}: size must be at least (1, 1), got {tuple(size)}")
     return int(size[0]), int(size[1])
@@ -391,15 +402,18 @@ def _rows(
     check_tensor(name, "points", points, "[B, P, 2]", like=prob)
     check_same(name, "points", list(points.shape), [*prob.shape[:2], 2], "[B, P, 2] of prob")
     dtype = compute_dtype(prob.dtype)
-    for label, given in (("points", points), ("weight", weight)):
-        if given is not None and given.requires_grad:
-            raise ValueError(f"{name}: {label} must not require a gradient (none is defined)")
     if weight is not None:
         check_tensor(name, "weight", weight, "[B, P]", like=prob)
         check_same(name, "weight", list(weight.shape), list(prob.shape[:2]), "[B, P] of prob")
         weight = weight.to(dtype)
+    for label, given in (("points", points), ("weight", weight)):
+        if given is not None and given.requires_grad:
+            raise ValueError(f"{name}: {label} must not require a gradient (none is defined)")
     check_number(name, "sigma", sigma, above=0)
-    radius = math.ceil(check_number(name, "truncate", truncate, least=0) * sigma)
+    if not 1e-15 <= sigma <= 1e15:  # sigma^-2 must be a float32
+        raise ValueError(f"{name}: sigma must be within 1e-15 and 1e15, got {sigma:g}")
+    # No canvas is wider than 2^24: a larger window is the whole canvas all the same.
+    radius = math.ceil(min(check_number(name, "truncate", truncate, least=0) * sigma, 2.0**24 - 1))
     return prob.to(dtype), points.to(dtype), weight, radius
 
 
@@ -418,6 +432,24 @@ def _kl_fake(
     return prob.new_empty(rows), prob.new_empty((*rows, prob.shape[-1] if need else 0))
 
 
+class _Scaled(torch.autograd.Function):
+    """unit * grad for a gradient that is kept as a graph: it cannot be differentiated, and says so."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(prob: Tensor, unit: Tensor, grad: Tensor) -> Tensor:
+        return unit * grad.unsqueeze(-1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError("pool_kl_loss cannot be differentiated twice")
+
+
 def _kl_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     prob, pool, points, weight, ctx.sigma, ctx.radius, ctx.eps, _ = inputs
     ctx.save_for_backward(prob, pool, points, weight, output[1])
@@ -431,7 +463,7 @@ def _kl_backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Any, ...]:
     if grad is not None and ctx.needs_input_grad[0]:
         if unit.shape[-1] != prob.shape[-1]:  # a transform hid from the forward pass that prob is differentiated
             unit = op("pool_kl_loss")(prob, pool, points, weight, ctx.sigma, ctx.radius, ctx.eps, True)[1]
-        grad_prob = unit * grad.unsqueeze(-1)
+        grad_prob = _Scaled.apply(prob, unit, grad) if torch.is_grad_enabled() else unit * grad.unsqueeze(-1)
     if grad is not None and ctx.needs_input_grad[1]:
         factor = grad if weight is None else torch.where(weight == 0, 0.0, grad * weight)
         grad_pool = op("pool_kl_loss_backward_pool")(prob, pool, points, factor, ctx.sigma, ctx.radius, ctx.eps)
@@ -452,8 +484,8 @@ def _target_backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
 
 
 register("pool_kl_loss", fake=_kl_fake, save=_kl_save, backward=_kl_backward, batch=(0, 2, 3), autocast=torch.float32)
-register("pool_kl_loss_backward_pool", fake=lambda prob, pool, *_: torch.empty_like(pool), batch=())
-register("pool_kl_statistics", fake=lambda prob, pool, *_: torch.empty_like(pool), batch=(), autocast=torch.float32)
+register("pool_kl_loss_backward_pool", fake=lambda prob, pool, *_: pool.new_empty(pool.shape), batch=())
+register("pool_kl_statistics", fake=lambda prob, pool, *_: pool.new_empty(pool.shape), batch=(), autocast=torch.float32)
 register("pool_kl_statistics_", fake=lambda *_: None)
 register(
     "pool_l2_cross",

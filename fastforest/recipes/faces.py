@@ -91,7 +91,13 @@ def _train(
     flip = data.FLIP_68 if len(shape) == len(data.FLIP_68) else None
     augment = data.Augment(recipe.size, flip=flip, **recipe.augment)
     history = training.fit(
-        model, train, held_out, config, out, augment=augment, on_round=lambda record: print(report.round_line(record), flush=True)
+        model,
+        train,
+        held_out,
+        config,
+        out,
+        augment=augment,
+        on_round=lambda record: print(report.round_line(record), flush=True),
     )
     pred, truth = training.predict(model, held_out)
     kind = training.default_normalizer(len(shape))

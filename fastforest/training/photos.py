@@ -160,7 +160,7 @@ def _check_box(box: Box, image: np.ndarray) -> None:
     if not all(math.isfinite(value) for value in box) or width <= 0 or height <= 0:
         raise ValueError(f"the box must be finite with positive width and height, got {shown}")
     rows, columns = image.shape[:2]
-    if x >= columns or y >= rows or x + width <= 0 or y + height <= 0 or max(width, height) > 4 * max(rows, columns):
+    if x >= columns or y >= rows or x + width <= 0 or y + height <= 0 or max(width, height) > 1.5 * max(rows, columns):
         raise ValueError(f"the box {shown} does not lie in the image of {columns} x {rows} pixels")
 
 
