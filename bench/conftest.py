@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import os
 import platform
 import statistics
@@ -44,6 +45,9 @@ class Row:
         return min(times, default=float("nan"))
 
     def ratio(self, kind: str) -> float:
+        """How many times ours the best rival of this kind takes; "memory": of peak memory."""
+        if kind == "memory":
+            return min(v for k, v in self.peak_mb.items() if k != "ours") / max(self.peak_mb["ours"], 1e-3)
         return self.best(kind) / self.ours["median"]
 
 
@@ -176,6 +180,10 @@ def commit() -> str:
         return "unknown"
 
 
+def number(value: float, digits: int) -> str:
+    return "" if math.isnan(value) else f"{value:.{digits}f}"
+
+
 def markdown(about: dict[str, Any], rows: list[Row]) -> str:
     rates = about["roofline"]
     lines = [
@@ -192,7 +200,7 @@ def markdown(about: dict[str, Any], rows: list[Row]) -> str:
     ]
     for row in rows:
         met = [
-            f"{kind} {bar:g}x {'met' if row.ratio(kind) >= bar else f'MISSED ({row.ratio(kind):.2f}x)'}"
+            f"{kind} {bar:.3g}x {'met' if row.ratio(kind) >= bar else f'MISSED ({row.ratio(kind):.2f}x)'}"
             for kind, bar in row.bars.items()
         ]
         memory, error = "", "" if row.error is None else f"{row.error:.1e}"
@@ -201,8 +209,9 @@ def markdown(about: dict[str, Any], rows: list[Row]) -> str:
             memory = f"{row.peak_mb['ours']:.1f} / {least:.1f}"
         lines.append(
             f"| {row.what} | {row.case} | {row.ours['median']:.2f} [{row.ours['p20']:.2f}, {row.ours['p80']:.2f}] "
-            f"| {row.floor_ms:.2f} | {row.best('eager'):.2f} | {row.best('compile'):.2f} | {row.ratio('eager'):.1f} "
-            f"| {row.ratio('compile'):.1f} | {', '.join(met)} | {error} | {memory} |"
+            f"| {row.floor_ms:.2f} | {number(row.best('eager'), 2)} | {number(row.best('compile'), 2)} "
+            f"| {number(row.ratio('eager'), 1)} | {number(row.ratio('compile'), 1)} | {', '.join(met)} "
+            f"| {error} | {memory} |"
         )
     return "\n".join(lines) + "\n"
 

@@ -38,6 +38,14 @@ def test_the_readme_example_runs():
     assert scope["predicted"].shape == (8, 68, 2)
 
 
+def test_the_readme_is_complete():
+    root = Path(fastforest.__file__).parent.parent
+    readme = (root / "README.md").read_text()
+    assert not re.search(r"@[A-Z]+@", readme)
+    for target in re.findall(r"\]\(([^)#]+)\)", readme):
+        assert "://" in target or (root / target).exists(), target
+
+
 def test_every_public_operator_is_documented():
     rooms = [importlib.import_module(f"fastforest.ops.{room}") for room in ("heatmap", "pool")]
     readme = (Path(fastforest.__file__).parent.parent / "README.md").read_text()
