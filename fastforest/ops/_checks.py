@@ -53,6 +53,20 @@ def check_choice(op: str, name: str, value: object, choices: tuple[str, ...]) ->
         raise ValueError(f"{op}: {name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
+def check_size(name: str, size: object) -> tuple[int, int]:
+    """(H, W) as positive ints."""
+    if not isinstance(size, (tuple, list)) or len(size) != 2:
+        raise TypeError(f"{name}: size must be (H, W), got {size!r}")
+    for word, value in zip("HW", size, strict=True):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name}: {word} of size must be an int, got {type(value).__name__}")
+        if value < 1:
+            raise ValueError(f"{name}: {word} of size must be at least 1, got {value}")
+    if size[0] * size[1] >= 2**30:
+        raise ValueError(f"{name}: size must be below 2^30 pixels, got {tuple(size)}")
+    return size[0], size[1]
+
+
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """Accumulation dtype: float64 stays, everything else is float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastforest.ops._checks import check_choice, check_number, check_same, check_tensor, compute_dtype
+from fastforest.ops._checks import check_choice, check_number, check_same, check_size, check_tensor, compute_dtype
 from fastforest.ops._register import op, register
 
 __all__ = ["Peak", "peak", "render_gaussian", "soft_argmax"]
@@ -64,7 +64,7 @@ def render_gaussian(
     """
     name = "render_gaussian"
     check_tensor(name, "points", points, "[B, P, 2]")
-    height, width = _check_size(name, size)
+    height, width = check_size(name, size)
     check_choice(name, "normalize", normalize, ("peak", "sum"))
     cut = -1.0 if truncate is None else check_number(name, "truncate", truncate, least=0)
     sigmas = None
@@ -160,20 +160,6 @@ def peak(heatmap: Tensor, refine: str = "none") -> Peak:
     _check_maps("peak", heatmap)
     check_choice("peak", "refine", refine, REFINEMENTS)
     return Peak(*op("heatmap_peak")(heatmap, REFINEMENTS.index(refine)))
-
-
-def _check_size(name: str, size: object) -> tuple[int, int]:
-    """(H, W) as positive ints."""
-    if not isinstance(size, (tuple, list)) or len(size) != 2:
-        raise TypeError(f"{name}: size must be (H, W), got {size!r}")
-    for word, value in zip("HW", size, strict=True):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name}: {word} of size must be an int, got {type(value).__name__}")
-        if value < 1:
-            raise ValueError(f"{name}: {word} of size must be at least 1, got {value}")
-    if size[0] * size[1] >= 2**30:
-        raise ValueError(f"{name}: size must be below 2^30 pixels, got {tuple(size)}")
-    return size[0], size[1]
 
 
 def _check_maps(name: str, heatmap: object) -> None:

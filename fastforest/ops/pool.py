@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from fastforest.ops._checks import check_choice, check_number, check_same, check_tensor, compute_dtype
+from fastforest.ops._checks import check_choice, check_number, check_same, check_size, check_tensor, compute_dtype
 from fastforest.ops._register import op, register
 
 __all__ = [
@@ -248,7 +248,7 @@ def pool_l2_statistics(
     Cost: 2 R N^2 + 2 R K^2 N flops for R = B P rows, and writing the canvas once.
     """
     name = "pool_l2_statistics"
-    height, width = _size(name, size)
+    height, width = check_size(name, size)
     prob, points, weight, radius = _rows(name, prob, points, sigma, truncate, weight)
     prob = prob.detach()
     x, y = points.round().unbind(-1)
@@ -374,14 +374,6 @@ def _project_simplex(v: Tensor) -> Tensor:
 def _floor(name: str, eps: float, dtype: torch.dtype) -> float:
     """eps, but at least the least normal number: nothing is divided by 0."""
     return max(check_number(name, "eps", eps, least=0), torch.finfo(dtype).tiny)
-
-
-def _size(name: str, size: tuple[int, int]) -> tuple[int, int]:
-    if not (isinstance(size, (tuple, list)) and len(size) == 2 and all(isinstance(s, int) for s in size)):
-        raise TypeError(f"{name}: size must be (H, W), two integers, got {size!r}")
-    if min(size) < 1:
-        raise ValueError(f"{name}: size must be at least (1, 1), got {tuple(size)}")
-    return int(size[0]), int(size[1])
 
 
 def _mixture(name: str, prob: Tensor, pool: Tensor) -> tuple[Tensor, Tensor]:
