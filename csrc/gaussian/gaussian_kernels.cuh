@@ -28,13 +28,13 @@
 namespace ff {
 namespace {
 
-constexpr int kThreads = 128;    // of a block, where nothing else is said
-constexpr int kNarrowDims = 4;   // the most D of the narrow kernel
-constexpr int kSmallDims = 32;   // of the small ones
-constexpr int kTileRows = 64;    // of a tiled product
-constexpr int kDepth = 32;       // of a panel
-constexpr int kMicroRows = 8;    // rows of a tile that a thread owns
-constexpr int kWarpRows = 16;    // and a warp
+constexpr int kThreads = 128;      // of a block, where nothing else is said
+constexpr int kNarrowDims = 4;     // the most D of the narrow kernel
+constexpr int kSmallDims = 32;     // of the small ones
+constexpr int kTileRows = 64;      // of a tiled product
+constexpr int kDepth = 32;         // of a panel
+constexpr int kMicroRows = 8;      // rows of a tile that a thread owns
+constexpr int kWarpRows = 16;      // and a warp
 constexpr int kPivotColumns = 16;  // columns of W that a block computes
 
 template <class T>
@@ -202,8 +202,8 @@ __global__ void __launch_bounds__(256) narrow_kernel(const DensityParams<T> a) {
   }
 }
 
-// Shared memory and phases of the small kernels. A thread owns kOwn neighbouring samples of the block's kSamples; leaves
-// pass in chunks of kLeaves, so that a chunk's values of a sample fill a sector of [N, K]. P: D, rounded up.
+// Shared memory and phases of the small kernels. A thread owns kOwn neighbouring samples of the block's kSamples;
+// leaves pass in chunks of kLeaves, so that a chunk's values of a sample fill a sector of [N, K]. P: D, rounded up.
 template <class T, int P>
 struct Small {
   static constexpr int kOwn = 8 / int(sizeof(T));
@@ -360,6 +360,7 @@ struct Tile {
   static constexpr int kColumns = 16 * kSize;
   static constexpr int kRowStride = kTileRows + kSize;
   static constexpr int kColumnStride = kColumns + kSize;
+  static constexpr int kBlocks = 16 / int(sizeof(T));  // of a multiprocessor, as registers allow
   static constexpr int kLeft = kDepth * kRowStride;
   static constexpr int kRight = kDepth * kColumnStride;
   using Sums = T[kMicroRows][kSize];
@@ -404,19 +405,22 @@ __device__ __forceinline__ void multiply(const T* left, int left_stride, const T
   }
 }
 
-// to[k][r] = value(r, k), where memory has k innermost: 8 k of 4 r a warp, so whole sectors and, with the strides of a
-// Tile, no bank twice.
+// to[k][r] = value(r, at), at = from + r stride + k, where memory has k innermost: 8 k of 4 r a warp, so whole sectors
+// and, with the strides of a Tile, no bank twice. A thread has one k. `at` moves on: offsets of its own for each r
+// would fill the registers.
+__device__ __forceinline__ int across_k() { return int(threadIdx.x) / 32 * 8 + int(threadIdx.x) % 8; }
 template <int kCount, int kStride, class T, class F>
-__device__ __forceinline__ void stage_across(T* to, const F& value) {
-  const int k = int(threadIdx.x) / 32 * 8 + int(threadIdx.x) % 8, r = int(threadIdx.x) % 32 / 8;
+__device__ __forceinline__ void stage_across(T* to, const T* from, int stride, const F& value) {
+  const int k = across_k(), r = int(threadIdx.x) % 32 / 8;
+  const T* at = from + r * stride + k;
   T v[kCount / 4];
 #pragma unroll
-  for (int i = 0; i < kCount / 4; ++i) v[i] = value(i * 4 + r, k);
+  for (int i = 0; i < kCount / 4; ++i, at += 4 * stride) v[i] = value(i * 4 + r, at);
 #pragma unroll
   for (int i = 0; i < kCount / 4; ++i) to[k * kStride + i * 4 + r] = v[i];
 }
 
-// The same where memory has r innermost.
+// to[k][r] = value(r, k), where memory has r innermost.
 template <int kCount, int kStride, class T, class F>
 __device__ __forceinline__ void stage_along(T* to, const F& value) {
   constexpr int kSteps = kThreads / kCount;
@@ -428,8 +432,8 @@ __device__ __forceinline__ void stage_along(T* to, const F& value) {
   for (int i = 0; i < kDepth / kSteps; ++i) to[(i * kSteps + k) * kStride + r] = v[i];
 }
 
-// z of the samples from `begin` and the rows from `row`: panels of W and of d = x - m, up to the diagonal. Starts with a
-// barrier; zeros for rows and samples past the end.
+// z of the samples from `begin` and the rows from `row`: panels of W and of d = x - m, up to the diagonal. Starts with
+// a barrier; zeros for rows and samples past the end.
 template <class T>
 __device__ __forceinline__ void whiten_tile(const GaussianSize& s, const GaussianLeaves<T>& leaves, int64_t leaf,
                                             const T* x, int64_t begin, int row, T* left, T* right,
@@ -439,14 +443,17 @@ __device__ __forceinline__ void whiten_tile(const GaussianSize& s, const Gaussia
   const T* w = leaves.whiten + leaf * dims * dims;
   const T* mean = leaves.mean + leaf * dims;
   const int last = min(row + warp_row() + kWarpRows, dims);  // of this warp's rows, past the end
+  const int samples = int(min(int64_t(Shape::kColumns), s.samples - begin));
   clear<T>(sums);
   for (int k0 = 0; k0 < end; k0 += kDepth) {
     __syncthreads();
-    stage_across<kTileRows, Shape::kRowStride>(left, [&](int r, int k) {
-      return row + r < dims && k0 + k <= row + r ? w[(row + r) * dims + k0 + k] : T(0);
+    const int k = k0 + across_k();
+    const T m = k < dims ? mean[k] : T(0);
+    stage_across<kTileRows, Shape::kRowStride>(left, w + row * dims + k0, dims, [&](int r, const T* at) {
+      return row + r < dims && k <= row + r ? *at : T(0);
     });
-    stage_across<Shape::kColumns, Shape::kColumnStride>(right, [&](int n, int k) {
-      return begin + n < s.samples && k0 + k < dims ? x[(begin + n) * dims + k0 + k] - mean[k0 + k] : T(0);
+    stage_across<Shape::kColumns, Shape::kColumnStride>(right, x + begin * dims + k0, dims, [&](int n, const T* at) {
+      return n < samples && k < dims ? *at - m : T(0);
     });
     __syncthreads();
     if (row + warp_row() < dims)
@@ -460,7 +467,7 @@ __device__ __forceinline__ void whiten_tile(const GaussianSize& s, const Gaussia
 // one a sector. A panel costs a thread 1024 multiply-adds, 96 reads of shared memory and about 130 instructions of
 // staging; the other blocks of the multiprocessor run through its barriers.
 template <class T>
-__global__ void __launch_bounds__(kThreads) wide_density_kernel(const DensityParams<T> a) {
+__global__ void __launch_bounds__(kThreads, Tile<T>::kBlocks) wide_density_kernel(const DensityParams<T> a) {
   using Shape = Tile<T>;
   FF_SHARED(T, left, Shape::kLeft);
   FF_SHARED(T, right, Shape::kRight);
@@ -503,7 +510,7 @@ __global__ void __launch_bounds__(kThreads) wide_density_kernel(const DensityPar
 // Turns log w + log N into the posterior and its log-sum-exp. A warp owns a row, read twice (from L2 the second time)
 // and written once: 12 bytes an element, K = 160, N = 4096: 8 MB, 2 us.
 template <class T>
-__global__ void __launch_bounds__(kThreads) posterior_kernel(const GaussianMixtureParams<T> a) {
+__global__ void __launch_bounds__(kThreads, 8) posterior_kernel(const GaussianMixtureParams<T> a) {
   const int lane = threadIdx.x % 32;
   const int64_t n = int64_t(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32, count = a.size.leaves;
   if (n >= a.size.samples) return;
@@ -529,8 +536,8 @@ struct GradXParams {
   int64_t block_leaves;
 };
 
-// As small_density_kernel; the row of W that gave z_i serves at once for grad_x += W_i g z_i, so 2 D^2 / 2 multiply-adds
-// a pair and d and grad_x in registers (4 P).
+// As small_density_kernel; the row of W that gave z_i serves at once for grad_x += W_i g z_i, so 2 D^2 / 2
+// multiply-adds a pair and d and grad_x in registers (4 P).
 template <class T, int P>
 __global__ void __launch_bounds__(kThreads) small_grad_x_kernel(const GradXParams<T> a) {
   using Chunk = Small<T, P>;
@@ -555,8 +562,7 @@ __global__ void __launch_bounds__(kThreads) small_grad_x_kernel(const GradXParam
       T d[Chunk::kOwn][P], g[Chunk::kOwn];
       s.differences(l, dims, d);
 #pragma unroll
-      for (int o = 0; o < Chunk::kOwn; ++o)
-        g[o] = -s.value[l * Chunk::kStride + int(threadIdx.x) * Chunk::kOwn + o];
+      for (int o = 0; o < Chunk::kOwn; ++o) g[o] = -s.value[l * Chunk::kStride + int(threadIdx.x) * Chunk::kOwn + o];
 #pragma unroll
       for (int i = 0; i < P; ++i) {
         if (i >= dims) continue;
@@ -596,11 +602,11 @@ __global__ void __launch_bounds__(kThreads) small_grad_x_kernel(const GradXParam
   }
 }
 
-// A block owns 64 samples and some leaves. z of a leaf stands in shared memory (272 D bytes), then W^T z passes in tiles
-// whose sums go to `out` at once: 8 bytes a sum for D / 2 multiply-adds, each element with one owner. D^2 multiply-adds
-// a pair.
+// A block owns 64 samples and some leaves. z of a leaf stands in shared memory (272 D bytes), then W^T z passes in
+// tiles whose sums go to `out` at once: 8 bytes a sum for D / 2 multiply-adds, each element with one owner. D^2
+// multiply-adds a pair.
 template <class T>
-__global__ void __launch_bounds__(kThreads) wide_grad_x_kernel(const GradXParams<T> a) {
+__global__ void __launch_bounds__(kThreads, Tile<T>::kBlocks) wide_grad_x_kernel(const GradXParams<T> a) {
   using Shape = Tile<T>;
   FF_DYN_SHARED(T, z);
   const int dims = a.size.dims, row = my_row(), column = my_column<T>();
@@ -670,7 +676,8 @@ __global__ void __launch_bounds__(256)
 }
 
 // The sums of the leaves: sum w, sum w v and the lower triangle of sum w v v^T over the samples, where v = z and w = g
-// (kWhitened, of the gradient), or v = x - m and w = r, 0 for a sample whose log_prob is not finite (of the statistics).
+// (kWhitened, of the gradient), or v = x - m and w = r, 0 for a sample whose log_prob is not finite (of the
+// statistics).
 
 template <class T>
 struct SumsParams {
@@ -719,7 +726,8 @@ __global__ void __launch_bounds__(kThreads) small_sums_kernel(const SumsParams<T
   const int64_t first = part * a.split.each, end = min(a.size.samples, first + a.split.each);
   int tile_row, tile_column;
   tile_place(tile, tile_row, tile_column);
-  if (int(threadIdx.x) < P) mean[threadIdx.x] = int(threadIdx.x) < dims ? a.leaves.mean[leaf * dims + threadIdx.x] : T(0);
+  if (int(threadIdx.x) < P)
+    mean[threadIdx.x] = int(threadIdx.x) < dims ? a.leaves.mean[leaf * dims + threadIdx.x] : T(0);
   if constexpr (kWhitened) {
     for (int e = threadIdx.x; e < dims * P; e += kThreads)
       w[e] = e % P < dims ? a.leaves.whiten[(leaf * dims + e / P) * dims + e % P] : T(0);
@@ -730,8 +738,7 @@ __global__ void __launch_bounds__(kThreads) small_sums_kernel(const SumsParams<T
     __syncthreads();
     const int j = threadIdx.x % P;
     for (int n = threadIdx.x / P; n < kThreads; n += kThreads / P)
-      v[n * kStride + j] =
-          j < dims && counts<kWhitened>(a, begin + n) ? a.x[(begin + n) * dims + j] - mean[j] : T(0);
+      v[n * kStride + j] = j < dims && counts<kWhitened>(a, begin + n) ? a.x[(begin + n) * dims + j] - mean[j] : T(0);
     weight[threadIdx.x] =
         counts<kWhitened>(a, begin + threadIdx.x) ? a.weight[(begin + threadIdx.x) * a.size.leaves + leaf] : T(0);
     __syncthreads();
@@ -818,11 +825,11 @@ FF_HD int value_stride(int dims) {
   return (dims + kWarpRows - 1) / kWarpRows * kWarpRows + 16 / int(sizeof(T));
 }
 
-// A block owns a leaf and a part of the samples, 64 at a time: v stands in shared memory (260 D bytes), then the tiles of
-// the triangle pass. With one tile its sums stay in registers; with more they live in the block's own part of `out`,
+// A block owns a leaf and a part of the samples, 64 at a time: v stands in shared memory (260 D bytes), then the tiles
+// of the triangle pass. With one tile its sums stay in registers; with more they live in the block's own part of `out`,
 // 8 bytes a sum for 64 multiply-adds, and stay in L2. Per pair D^2 / 2 multiply-adds for z and as many for the sums.
 template <class T, bool kWhitened>
-__global__ void __launch_bounds__(kThreads) wide_sums_kernel(const SumsParams<T> a) {
+__global__ void __launch_bounds__(kThreads, Tile<T>::kBlocks) wide_sums_kernel(const SumsParams<T> a) {
   using Shape = Tile<T>;
   constexpr int kOwned = kMostDims / kThreads;
   FF_DYN_SHARED(T, v);
@@ -864,8 +871,7 @@ __global__ void __launch_bounds__(kThreads) wide_sums_kernel(const SumsParams<T>
       for (int n = threadIdx.x / 32; n < Shape::kColumns; n += kThreads / 32) {
         const bool counted = counts<false>(a, begin + n);
         for (int i = threadIdx.x % 32; i < stride; i += 32)
-          v[n * stride + i] =
-              counted && i < dims ? a.x[(begin + n) * dims + i] - a.leaves.mean[leaf * dims + i] : T(0);
+          v[n * stride + i] = counted && i < dims ? a.x[(begin + n) * dims + i] - a.leaves.mean[leaf * dims + i] : T(0);
       }
     }
     __syncthreads();
@@ -963,9 +969,8 @@ __global__ void __launch_bounds__(kThreads) finish_gradient_kernel(const FinishG
   clear<T>(sums);
   for (int k0 = row0; column0 < row0 + kTileRows && k0 < dims; k0 += kDepth) {
     __syncthreads();
-    stage_along<kTileRows, Shape::kRowStride>(left, [&](int r, int k) {
-      return k0 + k < dims && row0 + r <= k0 + k ? w[(k0 + k) * dims + row0 + r] : T(0);
-    });
+    stage_along<kTileRows, Shape::kRowStride>(
+        left, [&](int r, int k) { return k0 + k < dims && row0 + r <= k0 + k ? w[(k0 + k) * dims + row0 + r] : T(0); });
     stage_along<Shape::kColumns, Shape::kColumnStride>(right, [&](int c, int k) {
       return k0 + k < dims && column0 + c <= k0 + k
                  ? gather(a.parts, leaf, a.count, dims, 1 + dims + (k0 + k) * dims + column0 + c)
@@ -1097,8 +1102,8 @@ int launch_sums(const SumsParams<T>& a, CUstream_st* stream) {
       return launch(kernel, blocks, 1, kThreads, 0, stream, a);
     });
   using Shape = Tile<T>;
-  const int shared = int(sizeof(T)) *
-                     (Shape::kColumns * value_stride<T>(s.dims) + Shape::kLeft + Shape::kRight + Shape::kColumns);
+  const int shared =
+      int(sizeof(T)) * (Shape::kColumns * value_stride<T>(s.dims) + Shape::kLeft + Shape::kRight + Shape::kColumns);
   auto kernel = wide_sums_kernel<T, kWhitened>;
   return launch(kernel, blocks, 1, kThreads, shared, stream, a);
 }
@@ -1141,14 +1146,12 @@ int gaussian_backward_cuda(const GaussianBackwardParams<T>& a, CUstream_st* stre
   if (!a.grad_mean && !a.grad_scale_tril) return cudaSuccess;
   // The parts of grad_x are used up: the stream is one.
   const Split split = sample_split(s);
-  const int error =
-      launch_sums<true>(SumsParams<T>{s, a.leaves, a.x, a.grad, nullptr, a.scratch, split}, stream);
+  const int error = launch_sums<true>(SumsParams<T>{s, a.leaves, a.x, a.grad, nullptr, a.scratch, split}, stream);
   if (error != cudaSuccess) return error;
   const int64_t tiles = parts_of(dims, kTileRows) * parts_of(dims, Tile<T>::kColumns);
   auto kernel = finish_gradient_kernel<T>;
-  return launch(
-      kernel, s.leaves, tiles, kThreads, 0, stream,
-      FinishGradientParams<T>{s, a.leaves, a.scratch, split.count, a.grad_mean, a.grad_scale_tril});
+  return launch(kernel, s.leaves, tiles, kThreads, 0, stream,
+                FinishGradientParams<T>{s, a.leaves, a.scratch, split.count, a.grad_mean, a.grad_scale_tril});
 }
 
 template <class T>

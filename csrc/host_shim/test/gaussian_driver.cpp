@@ -118,7 +118,8 @@ struct Run {
         double squares = 0;
         for (int64_t i = 0; i < D; ++i) {
           double sum = 0;
-          for (int64_t j = 0; j <= i; ++j) sum += w[(k * D + i) * D + j] * (double(x[n * D + j]) - double(mean[k * D + j]));
+          for (int64_t j = 0; j <= i; ++j)
+            sum += w[(k * D + i) * D + j] * (double(x[n * D + j]) - double(mean[k * D + j]));
           z[(n * K + k) * D + i] = sum;
           squares += sum * sum;
         }
@@ -139,11 +140,11 @@ struct Run {
     Array<T> grad_x(needs_x ? N * D : 0, T(7));
     Array<T> grad_mean(needs_leaves ? K * D : 0, T(7)), grad_lower(needs_leaves ? K * D * D : 0, T(7));
     Array<T> scratch(ff::gaussian_backward_scratch_cuda(size), T(NAN));
-    check("backward", ff::gaussian_backward_cuda<T>(
-                          {size, leaves, x.get(), grad.get(), needs_x ? grad_x.get() : nullptr,
-                           needs_leaves ? grad_mean.get() : nullptr, needs_leaves ? grad_lower.get() : nullptr,
-                           scratch.get()},
-                          nullptr));
+    check("backward",
+          ff::gaussian_backward_cuda<T>(
+              {size, leaves, x.get(), grad.get(), needs_x ? grad_x.get() : nullptr,
+               needs_leaves ? grad_mean.get() : nullptr, needs_leaves ? grad_lower.get() : nullptr, scratch.get()},
+              nullptr));
     Values of_x(N * D, 0.0), of_mean(K * D, 0.0), of_lower(K * D * D, 0.0), back(D);
     for (int64_t n = 0; n < N; ++n)
       for (int64_t k = 0; k < K; ++k) {
@@ -179,7 +180,8 @@ struct Run {
       for (int64_t k = 0; total != 0 && k < K; ++k) posterior[n * K + k] /= total;
     }
     Array<T> alone(N, T(7)), both(N, T(7)), got(N * K, T(7));
-    check("mixture", ff::gaussian_mixture_cuda<T>({size, leaves, x.get(), log_weight.get(), alone.get(), nullptr}, nullptr));
+    check("mixture",
+          ff::gaussian_mixture_cuda<T>({size, leaves, x.get(), log_weight.get(), alone.get(), nullptr}, nullptr));
     compare("mixture without posterior", expected, alone);
     check("mixture",
           ff::gaussian_mixture_cuda<T>({size, leaves, x.get(), log_weight.get(), both.get(), got.get()}, nullptr));
@@ -188,10 +190,9 @@ struct Run {
 
     Array<T> count(K, T(7)), first(K * D, T(7)), second(K * D * D, T(7));
     Array<T> scratch(ff::gaussian_statistics_scratch_cuda(size), T(NAN));
-    check("statistics",
-          ff::gaussian_statistics_cuda<T>({size, leaves, x.get(), both.get(), got.get(), count.get(), first.get(),
-                                           second.get(), scratch.get()},
-                                          nullptr));
+    check("statistics", ff::gaussian_statistics_cuda<T>({size, leaves, x.get(), both.get(), got.get(), count.get(),
+                                                         first.get(), second.get(), scratch.get()},
+                                                        nullptr));
     Values of_count(K, 0.0), of_first(K * D, 0.0), of_second(K * D * D, 0.0);
     for (int64_t n = 0; n < N; ++n) {
       if (expected[n] - expected[n] != 0) continue;
