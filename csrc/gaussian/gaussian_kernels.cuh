@@ -8,14 +8,16 @@
 // Sums over samples or leaves are cut up by the sizes alone, each part has one owner and one order, and the parts meet
 // in a last kernel in their order: no atomics, the same bits in every run.
 //
-// Multiply-adds and expected times, float, at 70 % of 67 TF/s on an H200 or an H100 SXM (computed, not measured;
-// floor: 100 %; an H100 has 3.3 instead of 4.8 TB/s, which binds D <= 4 alone):
-//   log_prob (4096, 160, 2)       2.6 MB stored: 0.6 us at 4.3 TB/s, so a launch, 3 us
-//   log_prob (4096, 160, 20)      D (D + 1) / 2 + D = 230 a pair, 0.15 G: floor 4.5 us, expected 7
-//   log_prob (1024, 160, 136)     9.5 k a pair, 1.6 G: floor 46 us, expected 70
-//   backward (4096, 160, 20)      z twice, W^T u, u z^T: 4 triangles, 0.55 G: floor 17 us, expected 30
-//   backward (1024, 160, 136)     6.1 G and 0.16 G to finish: floor 190 us, expected 290
-//   statistics (4096, 160, 136)   D^2 / 2 a pair, 6.1 G: floor 180 us, expected 280 (64 x 64 tiles cut the diagonal)
+// Multiply-adds and times of float on an H200 (67 TF/s, 4.3 TB/s; an H100 SXM differs in its 3 TB/s alone, so only at
+// D <= 4). The floor counts triangles of multiply-adds; the expectation adds what the kernels issue besides, the blocks
+// of 16 rows and of 64 columns that the diagonal cuts, and launches. Computed, not measured:
+//   log_prob (4096, 160, 2)       2.6 MB stored: floor 0.6 us, expected 3, a launch
+//   log_prob (4096, 160, 20)      0.15 G: floor 4.5 us, expected 10
+//   log_prob (1024, 160, 136)     1.5 G: floor 46 us, expected 75
+//   backward (4096, 160, 20)      z twice, W^T u, u z^T, 0.55 G: floor 17 us, expected 35
+//   backward (1024, 160, 136)     the same, 6.1 G: floor 185 us, expected 300
+//   statistics (4096, 160, 20)    0.14 G for sum r d d^T: floor 4 us, expected 10
+//   statistics (4096, 160, 136)   6.1 G: floor 180 us, expected 370 (of its tiles 61 % lie under the diagonal)
 #pragma once
 #include <type_traits>
 
@@ -586,8 +588,7 @@ __global__ void __launch_bounds__(kThreads) small_grad_x_kernel(const GradXParam
     }
   }
 
-  // 3. store, by way of the samples' place, which each thread read for itself
-  __syncthreads();
+  // 3. store, by way of the samples' place, of which each thread read its own
 #pragma unroll
   for (int j = 0; j < P; ++j)
     if (j < dims) {
