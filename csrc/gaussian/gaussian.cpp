@@ -95,7 +95,7 @@ struct Prepared {
   const T* x;
 
   Prepared(const char* op, const Given& g)
-      : whiten(new_empty(g.x, {g.size.leaves, on_cuda(g.x) ? 1 : 2, g.size.dims, g.size.dims})),
+      : whiten(new_empty(g.x, {g.size.leaves, on_cuda(g.x) ? 1 : 3, g.size.dims, g.size.dims})),
         log_norm(new_empty(g.x, {g.size.leaves})),
         panels(g.x),
         leaves{data<T>(g.mean), data<T>(g.scale_tril), mutable_data<T>(whiten), mutable_data<T>(log_norm)},

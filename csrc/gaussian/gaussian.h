@@ -20,7 +20,7 @@ struct GaussianLeaves {
   const T* mean;        // [K, D]
   const T* scale_tril;  // [K, D, D]  L, its diagonal above 0; otherwise the leaf's densities are NaN
   T* whiten;            // [K, D, D]  scratch, filled by gaussian_whiten: W, zeros above the diagonal.
-                        //            CPU: [K, 2, D, D], W and W^T in blocks, see gaussian_cpu.cpp
+                        //            CPU: [K, 3, D, D], W and W^T in blocks, see gaussian_cpu.cpp
   T* log_norm;          // [K]        scratch, filled by gaussian_whiten: -(D log 2 pi) / 2 - sum_i log L_ii
 };
 

@@ -27,6 +27,24 @@ constexpr int kColumns = 2;
 template <class T>
 constexpr int kStrip = kVectors * kLanes<T>;  // samples at a time
 
+// Rows of a chunk lie a little further apart than kChunk: at a power of two they would share few sets of L1.
+constexpr int kRow = kChunk + 16;
+
+// Products of vanishing responsibilities are subnormal, and each such result would cost a hundred cycles: 0 instead.
+class FlushSubnormals {
+ public:
+#if defined(__x86_64__)
+  FlushSubnormals() : before_(__builtin_ia32_stmxcsr()) { __builtin_ia32_ldmxcsr(before_ | 0x8040); }
+  ~FlushSubnormals() { __builtin_ia32_ldmxcsr(before_); }
+
+ private:
+  unsigned before_;
+#else
+  FlushSubnormals() {}
+  ~FlushSubnormals() {}
+#endif
+};
+
 template <class T>
 struct Buffer {
   struct Free {
@@ -88,7 +106,8 @@ FF_INLINE void sums(const Vector<T> (&v)[kCount], T* out) {
   }
 }
 
-// W in blocks: forward, [rows i0..i0+3] x [columns 0..i0+3], column by column; backward, the same of W^T.
+// W in blocks: forward, [rows i0..i0+3] x [columns 0..i0+3], column by column; backward, the same of W^T; then what
+// rounding took from the forward ones.
 FF_INLINE int64_t forward_block(int i0) { return int64_t(i0) / 2 * (i0 / 4 + 1) * 4; }
 FF_INLINE int64_t backward_block(int j0, int dims) { return int64_t(j0) * dims - int64_t(j0) / 2 * (j0 - 4); }
 
@@ -172,14 +191,24 @@ FF_INLINE void differences(const T* panel, const T* mean, int dims, T* d) {
 
 template <class T>
 void pack(const GaussianSize& s, const T* x, T* panels, int64_t begin, int64_t end) {
+  constexpr int L = kLanes<T>;
+  const int D = s.dims;
   for (int64_t p = begin; p < end; ++p) {
-    T* panel = panels + p * s.dims * kPanel;
+    T* panel = panels + p * D * kPanel;
+    const T* from = x + p * kPanel * D;
     const int count = int(std::min<int64_t>(kPanel, s.samples - p * kPanel));
-    if (count < kPanel) std::fill(panel, panel + s.dims * kPanel, T(0));
-    for (int n = 0; n < count; ++n) {
-      const T* row = x + (p * kPanel + n) * s.dims;
-      for (int j = 0; j < s.dims; ++j) panel[j * kPanel + n] = row[j];
-    }
+    for (int n = 0; n < kPanel; n += L)
+      for (int j = 0; j < D; j += L) {
+        const int columns = std::min(L, D - j);
+        Vector<T> rows[L];
+#pragma GCC unroll 16
+        for (int i = 0; i < L; ++i)
+          rows[i] = n + i < count ? load_partial(from + int64_t(n + i) * D + j, columns) : Vector<T>{};
+        transpose<T>(rows);
+#pragma GCC unroll 16
+        for (int i = 0; i < L; ++i)
+          if (i < columns) store(panel + (j + i) * kPanel + n, rows[i]);
+      }
   }
 }
 
@@ -187,34 +216,74 @@ void pack(const GaussianSize& s, const T* x, T* panels, int64_t begin, int64_t e
 template <class T>
 void whiten(const GaussianSize& s, const GaussianLeaves<T>& leaves, int64_t begin, int64_t end) {
   const int D = s.dims;
-  Buffer<double> inverse(int64_t(D) * D);
+  constexpr int kBlock = 4, L = kLanes<double>;  // vectors of a row at a time
+  const int width = (D + kBlock * L - 1) / (kBlock * L) * (kBlock * L);
+  Buffer<double> inverse(int64_t(D) * width);
+  std::fill(+inverse, inverse + int64_t(D) * width, 0.0);
   for (int64_t k = begin; k < end; ++k) {
     const T* tril = leaves.scale_tril + k * D * D;
-    double logs = 0;
+    double logs = 0, product = 1;
     bool positive = true;
     for (int i = 0; i < D; ++i) {
-      double* row = inverse + int64_t(i) * D;
+      double* row = inverse + int64_t(i) * width;
       const double diagonal = tril[i * D + i], factor = 1 / diagonal;
       positive &= diagonal > 0;
-      logs += std::log(diagonal);
-      for (int j = 0; j < i; ++j) row[j] = 0;
-      for (int a = 0; a < i; ++a) {
-        const double l = -factor * double(tril[i * D + a]);
-        const double* above = inverse + int64_t(a) * D;
-        for (int j = 0; j <= a; ++j) row[j] += l * above[j];
+      product *= diagonal;  // few logarithms: of products that are far from over- and underflow
+      if (!(product > 1e-100 && product < 1e100) || i == D - 1) logs += std::log(product), product = 1;
+      for (int first = 0; first < i; first += kBlock * L) {
+        DoubleVector total[kBlock] = {};
+        for (int a = first; a < i; ++a) {
+          const double l = tril[i * D + a];
+#pragma GCC unroll 4
+          for (int v = 0; v < kBlock; ++v) total[v] += l * load(inverse + int64_t(a) * width + first + v * L);
+        }
+#pragma GCC unroll 4
+        for (int v = 0; v < kBlock; ++v) store(row + first + v * L, -factor * total[v]);
       }
       row[i] = factor;
     }
     leaves.log_norm[k] = positive ? T(gaussian_log_norm(logs, D)) : T(NAN);
-    T* forward = leaves.whiten + 2 * k * D * D;
-    T* backward = forward + int64_t(D) * D;
+    T* forward = leaves.whiten + 3 * k * D * D;
+    T *backward = forward + int64_t(D) * D, *remainder = backward + int64_t(D) * D;
     each_block(D, [&](auto rows, int i0) {
       constexpr int R = decltype(rows)::value;
       for (int j = 0; j < i0 + R; ++j)
-        for (int r = 0; r < R; ++r) *forward++ = j <= i0 + r ? T(inverse[int64_t(i0 + r) * D + j]) : T(0);
+        for (int r = 0; r < R; ++r) {
+          const double w = j <= i0 + r ? inverse[int64_t(i0 + r) * width + j] : 0;
+          *forward++ = T(w);
+          *remainder++ = T(w - double(T(w)));
+        }
       for (int i = i0; i < D; ++i)
-        for (int r = 0; r < R; ++r) *backward++ = i >= i0 + r ? T(inverse[int64_t(i) * D + i0 + r]) : T(0);
+        for (int r = 0; r < R; ++r) *backward++ = i >= i0 + r ? T(inverse[int64_t(i) * width + i0 + r]) : T(0);
     });
+  }
+}
+
+// -|z|^2 / 2 + log_norm of a strip in double: where D is small, the cancellation inside z is all of the result's error
+// (condition number 1e6, D 2: 3e-5 of the log density in float32).
+constexpr int kCarefulDims = 6;
+FF_INLINE void careful_squares(const float* panel, const float* mean, const float* w, float log_norm, int dims,
+                               float* out) {
+  typedef float Half __attribute__((vector_size(FF_VECTOR_BYTES / 2)));
+  constexpr int L = kLanes<double>;
+  double full[kCarefulDims * kCarefulDims];
+  const float* remainder = w + 2 * dims * dims;
+  each_block(dims, [&](auto rows, int i0) __attribute__((always_inline)) {
+    for (int j = 0; j < i0 + rows.value; ++j)
+      for (int r = 0; r < rows.value; ++r) full[(i0 + r) * kCarefulDims + j] = double(*w++) + double(*remainder++);
+  });
+  for (int n = 0; n < kStrip<float>; n += L) {
+    DoubleVector d[kCarefulDims], squares{};
+    for (int i = 0; i < dims; ++i) {
+      Half at;
+      __builtin_memcpy(&at, panel + i * kPanel + n, sizeof(at));
+      d[i] = __builtin_convertvector(at, DoubleVector) - double(mean[i]);
+      DoubleVector z = full[i * kCarefulDims + i] * d[i];
+      for (int j = 0; j < i; ++j) z += full[i * kCarefulDims + j] * d[j];
+      squares += z * z;
+    }
+    const Half result = __builtin_convertvector(double(log_norm) - 0.5 * squares, Half);
+    __builtin_memcpy(out + n, &result, sizeof(result));
   }
 }
 
@@ -232,8 +301,14 @@ void log_prob(const GaussianLogProbParams<T>& p, int64_t begin, int64_t end) {
     for (int strip = 0; strip < samples; strip += kStrip<T>)
       for (int l = 0; l < leaves; ++l) {
         const int64_t k = first_leaf + l;
+        if constexpr (sizeof(T) == 4)
+          if (D <= kCarefulDims) {
+            careful_squares(panel + strip, p.leaves.mean + k * D, p.leaves.whiten + 3 * k * D * D, p.leaves.log_norm[k],
+                            D, tile + l * kPanel + strip);
+            continue;
+          }
         differences(panel + strip, p.leaves.mean + k * D, D, d);
-        const T* w = p.leaves.whiten + 2 * k * D * D;
+        const T* w = p.leaves.whiten + 3 * k * D * D;
         Vector<T> squares[kVectors] = {};
         each_block(D, [&](auto rows, int i0) __attribute__((always_inline)) {
           Vector<T> z[rows.value][kVectors];
@@ -263,12 +338,17 @@ void log_prob(const GaussianLogProbParams<T>& p, int64_t begin, int64_t end) {
   }
 }
 
+// A responsibility whose root is below this, beside the sample's largest, is no part of a sum in this precision.
+template <class T>
+constexpr T kNoRoot = sizeof(T) == 4 ? T(1e-16) : T(1e-120);
+
 // Three passes over a row that stands in L1: a = log w + log N and its maximum, exponentials, posteriors.
 template <class T>
 void mixture(const GaussianMixtureParams<T>& p, bool roots, int64_t begin, int64_t end) {
   constexpr int L = kLanes<T>;
   const int64_t K = p.size.leaves, whole = K / L * L;
   const int rest = int(K - whole);
+  const FlushSubnormals flush;
   for (int64_t n = begin; n < end; ++n) {
     T* row = p.posterior + n * K;
     const T* weight = p.log_weight + n * K;
@@ -286,12 +366,14 @@ void mixture(const GaussianMixtureParams<T>& p, bool roots, int64_t begin, int64
     const T shift = gaussian_shift(max_lane<T>(top)), scale = roots ? T(0.5) : T(1);
     Vector<T> total{};
     for (int64_t k = 0; k < whole; k += L) {
-      const Vector<T> e = exp((load(row + k) - shift) * scale);
+      Vector<T> e = exp((load(row + k) - shift) * scale);
+      if (roots) e = e < kNoRoot<T> ? Vector<T>{} : e;
       store(row + k, e);
       total += roots ? e * e : e;
     }
     if (rest) {
-      const Vector<T> e = exp((load_partial(row + whole, rest, T(-INFINITY)) - shift) * scale);
+      Vector<T> e = exp((load_partial(row + whole, rest, T(-INFINITY)) - shift) * scale);
+      if (roots) e = e < kNoRoot<T> ? Vector<T>{} : e;
       store_partial(row + whole, e, rest);
       total += roots ? e * e : e;
     }
@@ -309,7 +391,7 @@ void mixture(const GaussianMixtureParams<T>& p, bool roots, int64_t begin, int64
   }
 }
 
-// Values [N, K] of one leaf group and one chunk of samples as [kLeafGroup][kChunk]; 0 where there is no sample or leaf.
+// Values [N, K] of one leaf group and one chunk of samples as [kLeafGroup][kRow]; 0 where there is no sample or leaf.
 template <class T>
 FF_INLINE void load_group(const T* values, int64_t K, int64_t first_leaf, int64_t first_sample, int samples, T* tile) {
   constexpr int L = kLanes<T>;
@@ -326,21 +408,21 @@ FF_INLINE void load_group(const T* values, int64_t K, int64_t first_leaf, int64_
             n + i < samples ? (columns == L ? load(from + i * K) : load_partial(from + i * K, columns)) : Vector<T>{};
       transpose<T>(rows);
 #pragma GCC unroll 16
-      for (int i = 0; i < L; ++i) store(tile + (l + i) * kChunk + n, rows[i]);
+      for (int i = 0; i < L; ++i) store(tile + (l + i) * kRow + n, rows[i]);
     }
 }
 
-// out[i][j] += sum_n a_i b_j over whole vectors of samples; a, b [.][kChunk]; out rows of `width`.
+// out[i][j] += sum_n a_i b_j over whole vectors of samples; a, b [.][kRow]; out rows of `width`.
 template <class T>
 FF_INLINE void product_tile(const T* a, const T* b, int samples, T* out, int64_t width) {
   Vector<T> total[kRows * kColumns] = {};
   for (int n = 0; n < samples; n += kLanes<T>) {
     Vector<T> left[kRows];
 #pragma GCC unroll 4
-    for (int i = 0; i < kRows; ++i) left[i] = load(a + i * kChunk + n);
+    for (int i = 0; i < kRows; ++i) left[i] = load(a + i * kRow + n);
 #pragma GCC unroll 4
     for (int j = 0; j < kColumns; ++j) {
-      const Vector<T> right = load(b + j * kChunk + n);
+      const Vector<T> right = load(b + j * kRow + n);
 #pragma GCC unroll 4
       for (int i = 0; i < kRows; ++i) total[i * kColumns + j] += left[i] * right;
     }
@@ -353,12 +435,12 @@ FF_INLINE void product_tile(const T* a, const T* b, int samples, T* out, int64_t
     for (int j = 0; j < kColumns; ++j) out[i * width + j] += result[i * kColumns + j];
 }
 
-// The lower triangle of sum_n a a'^T; a, b [rows][kChunk], rows a multiple of 4.
+// The lower triangle of sum_n a a'^T; a, b [rows][kRow], rows a multiple of 4.
 template <class T>
 FF_INLINE void product_triangle(const T* a, const T* b, int samples, int rows, T* out) {
   for (int i = 0; i < rows; i += kRows)
     for (int j = 0; j < i + kRows; j += kColumns)
-      product_tile(a + i * kChunk, b + j * kChunk, samples, out + int64_t(i) * rows + j, rows);
+      product_tile(a + i * kRow, b + j * kRow, samples, out + int64_t(i) * rows + j, rows);
 }
 
 // A task of the grid: a range of leaf groups and a range of chunks.
@@ -392,10 +474,11 @@ void backward(const GaussianBackwardParams<T>& p, int64_t begin, int64_t end) {
   const GaussianGrid grid(s);
   const int D = s.dims, rows = int(gaussian_rows(s));
   const bool of_leaves = p.grad_mean || p.grad_scale_tril;
+  const FlushSubnormals flush;
   alignas(64) T d[kMostDims * kStrip<T>];
-  Buffer<T> grads(kLeafGroup * kChunk), z(int64_t(rows) * kChunk), u(int64_t(rows) * kChunk);
-  std::fill(z + int64_t(D) * kChunk, z + int64_t(rows) * kChunk, T(0));
-  std::fill(u + int64_t(D) * kChunk, u + int64_t(rows) * kChunk, T(0));
+  Buffer<T> grads(kLeafGroup * kRow), z(int64_t(rows) * kRow), u(int64_t(rows) * kRow);
+  std::fill(z + int64_t(D) * kRow, z + int64_t(rows) * kRow, T(0));
+  std::fill(u + int64_t(D) * kRow, u + int64_t(rows) * kRow, T(0));
   for (int64_t index = begin; index < end; ++index) {
     const Task task(grid, index);
     const int64_t first = task.first_group * kLeafGroup, last = std::min(s.leaves, task.last_group * kLeafGroup);
@@ -411,8 +494,8 @@ void backward(const GaussianBackwardParams<T>& p, int64_t begin, int64_t end) {
       if (grad_x) std::fill(grad_x, grad_x + int64_t(padded) * D, T(0));
       for (int64_t k = first; k < last; ++k) {
         if (k % kLeafGroup == 0) load_group<T>(p.grad, s.leaves, k, first_sample, samples, grads);
-        const T* grad = grads + k % kLeafGroup * kChunk;
-        const T *forward = p.leaves.whiten + 2 * k * D * D, *back = forward + int64_t(D) * D;
+        const T* grad = grads + k % kLeafGroup * kRow;
+        const T *forward = p.leaves.whiten + 3 * k * D * D, *back = forward + int64_t(D) * D;
         // 1. z and u = g z of the chunk, and grad_x while u is in L1
         for (int n = 0; n < padded; n += kStrip<T>) {
           const int64_t panel = int64_t(n / kPanel) * kPanel * D + n % kPanel;
@@ -424,13 +507,13 @@ void backward(const GaussianBackwardParams<T>& p, int64_t begin, int64_t end) {
             for (int r = 0; r < block.value; ++r)
 #pragma GCC unroll 4
               for (int v = 0; v < kVectors; ++v) {
-                store(z + (i0 + r) * kChunk + n + v * L, zs[r][v]);
-                store(u + (i0 + r) * kChunk + n + v * L, zs[r][v] * load(grad + n + v * L));
+                store(z + (i0 + r) * kRow + n + v * L, zs[r][v]);
+                store(u + (i0 + r) * kRow + n + v * L, zs[r][v] * load(grad + n + v * L));
               }
           });
           if (grad_x)
             each_block(D, [&](auto block, int j0) __attribute__((always_inline)) {
-              unwhitened_rows<T, block.value>(back + backward_block(j0, D), u + j0 * kChunk + n, kChunk,
+              unwhitened_rows<T, block.value>(back + backward_block(j0, D), u + j0 * kRow + n, kRow,
                                               grad_x + panel + j0 * kPanel, kPanel, D - j0);
             });
         }
@@ -445,7 +528,7 @@ void backward(const GaussianBackwardParams<T>& p, int64_t begin, int64_t end) {
           Vector<T> of_row[4] = {};
           for (int n = 0; n < padded; n += 4 * L)
 #pragma GCC unroll 4
-            for (int v = 0; v < 4; ++v) of_row[v] += load(u + i * kChunk + n + v * L);
+            for (int v = 0; v < 4; ++v) of_row[v] += load(u + i * kRow + n + v * L);
           mean[i] += sum<T>((of_row[0] + of_row[1]) + (of_row[2] + of_row[3]));
         }
         if (p.grad_scale_tril) product_triangle<T>(u, z, padded, rows, second);
@@ -494,7 +577,7 @@ void backward_leaves(const GaussianBackwardParams<T>& p, int64_t begin, int64_t 
   for (int64_t k = begin; k < end; ++k) {
     const T* second = gather_moments(moments_begin(p), s, k);
     const T *mean = second + int64_t(rows) * rows, *count = mean + rows;
-    const T* back = p.leaves.whiten + (2 * k + 1) * D * D;
+    const T* back = p.leaves.whiten + (3 * k + 1) * D * D;
     each_block(D, [&](auto block, int j0) {
       constexpr int R = decltype(block)::value;
       const T* w = back + backward_block(j0, D);
@@ -525,15 +608,17 @@ void backward_leaves(const GaussianBackwardParams<T>& p, int64_t begin, int64_t 
   }
 }
 
-// Second moments as products of s = sqrt(r) d: one panel serves both factors.
+// Second moments as products of s = sqrt(r) d: one panel serves both factors. Vectors of samples that are no part of a
+// leaf are left out: in many dimensions a sample belongs to few leaves.
 template <class T>
 void statistics(const GaussianStatisticsParams<T>& p, int64_t begin, int64_t end) {
   constexpr int L = kLanes<T>;
   const GaussianSize& s = p.size;
   const GaussianGrid grid(s);
   const int D = s.dims, rows = int(gaussian_rows(s));
-  Buffer<T> roots(kLeafGroup * kChunk), scaled(int64_t(rows) * kChunk);
-  std::fill(scaled + int64_t(D) * kChunk, scaled + int64_t(rows) * kChunk, T(0));
+  const FlushSubnormals flush;
+  Buffer<T> roots(kLeafGroup * kRow), scaled(int64_t(rows) * kRow), root(kChunk);
+  std::fill(scaled + int64_t(D) * kRow, scaled + int64_t(rows) * kRow, T(0));
   for (int64_t index = begin; index < end; ++index) {
     const Task task(grid, index);
     const int64_t first = task.first_group * kLeafGroup, last = std::min(s.leaves, task.last_group * kLeafGroup);
@@ -542,33 +627,43 @@ void statistics(const GaussianStatisticsParams<T>& p, int64_t begin, int64_t end
     for (int64_t chunk = task.first_chunk; chunk < task.last_chunk; ++chunk) {
       const int64_t first_sample = chunk * kChunk;
       const int samples = int(std::min<int64_t>(kChunk, s.samples - first_sample));
-      const int padded = (samples + kPanel - 1) / kPanel * kPanel;
       const T* panels = p.x + first_sample * D;
       for (int64_t k = first; k < last; ++k) {
         if (k % kLeafGroup == 0) load_group<T>(p.posterior, s.leaves, k, first_sample, samples, roots);
-        const T *root = roots + k % kLeafGroup * kChunk, *mean = p.leaves.mean + k * D;
+        const T *all = roots + k % kLeafGroup * kRow, *mean = p.leaves.mean + k * D;
+        // 1. which vectors take part, and their roots, padded to fours with zeros
+        const T* from[kChunk / L];
+        int vectors = 0;
+        Vector<T> weights{};
+        for (int n = 0; n < samples; n += L) {
+          const Vector<T> q = load(all + n);
+          if (max_lane<T>(q) == T(0)) continue;
+          store(root + vectors * L, q);
+          weights += q * q;
+          from[vectors++] = panels + int64_t(n / kPanel) * D * kPanel + n % kPanel;
+        }
+        if (!vectors) continue;
+        for (; vectors % 4; ++vectors) {
+          store(root + vectors * L, Vector<T>{});
+          from[vectors] = from[0];
+        }
+        // 2. s and the first moments
         T* second = moments_of(p.scratch, s, task.sample_range, k);
         T *of_mean = second + int64_t(rows) * rows, *count = of_mean + rows;
-        Vector<T> weights{};
-        for (int n = 0; n < padded; n += L) weights += load(root + n) * load(root + n);
-        const T weight = sum<T>(weights);
-        *count += weight;
-        if (weight == T(0)) continue;
+        *count += sum<T>(weights);
         for (int j = 0; j < D; ++j) {
           Vector<T> total[4] = {};
-          for (int n = 0; n < padded; n += 4 * L) {
-            const T* from = panels + (int64_t(n / kPanel) * D + j) * kPanel + n % kPanel;
+          for (int v = 0; v < vectors; v += 4)
 #pragma GCC unroll 4
-            for (int v = 0; v < 4; ++v) {
-              const Vector<T> q = load(root + n + v * L);
-              const Vector<T> at = (load(from + v * L) - mean[j]) * q;
-              store(scaled + j * kChunk + n + v * L, at);
-              total[v] += at * q;
+            for (int i = 0; i < 4; ++i) {
+              const Vector<T> q = load(root + (v + i) * L), at = (load(from[v + i] + j * kPanel) - mean[j]) * q;
+              store(scaled + j * kRow + (v + i) * L, at);
+              total[i] += at * q;
             }
-          }
           of_mean[j] += sum<T>((total[0] + total[1]) + (total[2] + total[3]));
         }
-        product_triangle<T>(scaled, scaled, padded, rows, second);
+        // 3. the second moments
+        product_triangle<T>(scaled, scaled, vectors * L, rows, second);
       }
     }
   }
