@@ -13,5 +13,6 @@ torch.Size([4, 68, 2])
 from fastforest import nn
 from fastforest.ops.heatmap import *
 from fastforest.ops.pool import *
+from fastforest.ops.routing import *
 
 __version__ = "0.1.0"
