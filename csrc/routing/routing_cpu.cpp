@@ -220,34 +220,30 @@ FF_INLINE Vector<T> merge(const Units<T>& units, int32_t unit, Vector<T> reach, 
   return kLog ? log_node_value(left, right) : node_value(d, left, right);
 }
 
-// The value of subtree r from its leaves' gradients.
+// The value of subtree r from its leaves' gradients. One loop over its nodes, whose numbers are constants once
+// unrolled.
 template <class T, bool kLog, int kDepth>
 FF_INLINE Vector<T> value_of(const Units<T>& units, const int32_t* phi, int top, int64_t r, Vector<T> root,
-                             Vector<T>* v) {
-  constexpr int kLeaves = 1 << kDepth;
-  Vector<T> reach[kLeaves];  // of the nodes inside, breadth-first
+                             const Vector<T>* leaf) {
+  constexpr int kInner = (1 << kDepth) - 1;
+  const auto unit = [&](int n) __attribute__((always_inline)) {
+    const int level = 31 - __builtin_clz(n + 1);
+    return phi[(int64_t(1) << (top + level)) - 1 + (r << level) + n - ((1 << level) - 1)];
+  };
+  Vector<T> reach[kInner], value[2 * kInner + 1];
   reach[0] = root;
-  if constexpr (!kLog) {
-#pragma GCC unroll 4
-    for (int j = 0; j + 1 < kDepth; ++j) {
-      const int32_t* nodes = phi + (int64_t(1) << (top + j)) - 1 + (r << j);
 #pragma GCC unroll 8
-      for (int i = 0; i < 1 << j; ++i) {
-        const int n = (1 << j) - 1 + i;
-        const Split<Vector<T>> d = units.at(nodes[i]);
-        reach[2 * n + 1] = reach[n] * d.left;
-        reach[2 * n + 2] = reach[n] * d.right;
-      }
-    }
+  for (int n = 0; n < (kLog ? 0 : kInner / 2); ++n) {
+    const Split<Vector<T>> d = units.at(unit(n));
+    reach[2 * n + 1] = reach[n] * d.left;
+    reach[2 * n + 2] = reach[n] * d.right;
   }
-#pragma GCC unroll 4
-  for (int j = kDepth - 1; j >= 0; --j) {
-    const int32_t* nodes = phi + (int64_t(1) << (top + j)) - 1 + (r << j);
-#pragma GCC unroll 8
-    for (int i = 0; i < 1 << j; ++i)
-      v[i] = merge<T, kLog>(units, nodes[i], kLog ? root : reach[(1 << j) - 1 + i], v[2 * i], v[2 * i + 1]);
-  }
-  return v[0];
+#pragma GCC unroll 16
+  for (int i = 0; i <= kInner; ++i) value[kInner + i] = leaf[i];
+#pragma GCC unroll 16
+  for (int n = kInner - 1; n >= 0; --n)
+    value[n] = merge<T, kLog>(units, unit(n), kLog ? root : reach[n], value[2 * n + 1], value[2 * n + 2]);
+  return value[0];
 }
 
 // Calls body(constant of d) for the depth of a tree that is shallower than kTail.
