@@ -169,9 +169,7 @@ def test_contract_opcheck():
     contract.check_opcheck(ops.categorical_log_prob_backward, grad, weight, leaves, 1.0, 1e-12, True, True)
     for kind in (0, 1):
         rest = (kind, *options)
-        contract.check_opcheck(
-            ops.categorical_loss_backward_leaves, torch.rand(5, 2), weight, leaves, target, *rest
-        )
+        contract.check_opcheck(ops.categorical_loss_backward_leaves, torch.rand(5, 2), weight, leaves, target, *rest)
         contract.check_opcheck(
             ops.categorical_loss, weight.clone().requires_grad_(), leaves.clone().requires_grad_(), target, *rest, True
         )
@@ -196,8 +194,16 @@ ERRORS = [
     (lambda: ff.categorical_kl_loss(W, Q, Y[0]), ValueError, r"target must be \[N, \*C\], got \[5\]"),
     (lambda: ff.categorical_kl_loss(W, Q, Y[:2]), ValueError, r"target must be \[3, 5\] .*got \[2, 5\]"),
     (lambda: ff.categorical_kl_loss(W, Q, Y.double()), ValueError, "target's dtype must be torch.float32"),
-    (lambda: ff.categorical_kl_loss(W, Q, Y.clone().requires_grad_()), ValueError, "target must not require a gradient"),
-    (lambda: ff.categorical_l2_loss(W, Q, Y, mask_threshold="a"), TypeError, "mask_threshold must be a number, got str"),
+    (
+        lambda: ff.categorical_kl_loss(W, Q, Y.clone().requires_grad_()),
+        ValueError,
+        "target must not require a gradient",
+    ),
+    (
+        lambda: ff.categorical_l2_loss(W, Q, Y, mask_threshold="a"),
+        TypeError,
+        "mask_threshold must be a number, got str",
+    ),
     (lambda: ff.categorical_statistics(W, Q, Y, out=Q[:1]), ValueError, r"out must be \[2, 4, 5\] .*got \[1, 4, 5\]"),
     (lambda: ff.categorical_statistics(W, Q, Y, out=Q.double()), ValueError, "out's dtype must be torch.float32"),
     (lambda: ff.categorical_statistics(W, Q, Y, out=1), TypeError, "out must be a tensor, got int"),

@@ -99,8 +99,8 @@ void run_rows(const Mixture& m, CategoricalRowsParams<T> params) {
   Tensor transposed;
   if (params.grad_weight) {
     transposed = new_empty(m.leaves, {m.trees, m.classes, categorical_padded(m.count, kernels.lanes)});
-    const int64_t tiles = ((m.classes + kernels.lanes - 1) / kernels.lanes * kernels.lanes + kernels.tile - 1) /
-                          kernels.tile;
+    const int64_t tiles =
+        ((m.classes + kernels.lanes - 1) / kernels.lanes * kernels.lanes + kernels.tile - 1) / kernels.tile;
     T* out = transposed.mutable_data_ptr<T>();
     parallel_chunks(m.trees * tiles, 1,
                     [&](int64_t begin, int64_t end) { kernels.transpose(params.mixture, out, begin, end); });
@@ -135,8 +135,8 @@ void run_leaves(const Mixture& m, CategoricalLeavesParams<T> params, const T* ta
   if (target)
     parallel_chunks(m.samples, 512,
                     [&](int64_t begin, int64_t end) { kernels.sound(target, m.classes, sound, begin, end); });
-  const int64_t tiles = ((m.classes + kernels.lanes - 1) / kernels.lanes * kernels.lanes + kernels.tile - 1) /
-                        kernels.tile;
+  const int64_t tiles =
+      ((m.classes + kernels.lanes - 1) / kernels.lanes * kernels.lanes + kernels.tile - 1) / kernels.tile;
   const int64_t blocks = (m.samples + kCategoricalBlock - 1) / kCategoricalBlock;
   params.parts = std::clamp<int64_t>(32 / (m.trees * tiles), 1, std::max<int64_t>(1, blocks / 4));
   if (params.parts > 1) {
@@ -191,8 +191,8 @@ std::tuple<Tensor, Tensor> categorical_loss(const Tensor& weight, const Tensor& 
   return dispatch(m.op, m.weight, [&](auto zero) -> std::tuple<Tensor, Tensor> {
     using T = decltype(zero);
     run_rows(m, CategoricalRowsParams<T>{m.at<T>(scale, eps), target_of<T>(target, kind, threshold), nullptr, nullptr,
-                                         loss.mutable_data_ptr<T>(),
-                                         need_grad ? grad.mutable_data_ptr<T>() : nullptr, T(-1)});
+                                         loss.mutable_data_ptr<T>(), need_grad ? grad.mutable_data_ptr<T>() : nullptr,
+                                         T(-1)});
     return {loss, grad};
   });
 }
@@ -209,11 +209,11 @@ Tensor categorical_loss_backward_leaves(const Tensor& grad_, const Tensor& weigh
   Tensor out = new_output(m.weight, {m.trees, m.count, m.classes});
   return dispatch(m.op, m.weight, [&](auto zero) {
     using T = decltype(zero);
-    run_leaves(m,
-               CategoricalLeavesParams<T>{m.at<T>(scale, eps), target_of<T>(target, kind, threshold),
-                                          grad.const_data_ptr<T>(), nullptr, false, false, T(-1), 1, nullptr,
-                                          out.mutable_data_ptr<T>()},
-               target.const_data_ptr<T>());
+    run_leaves(
+        m,
+        CategoricalLeavesParams<T>{m.at<T>(scale, eps), target_of<T>(target, kind, threshold), grad.const_data_ptr<T>(),
+                                   nullptr, false, false, T(-1), 1, nullptr, out.mutable_data_ptr<T>()},
+        target.const_data_ptr<T>());
     return out;
   });
 }

@@ -11,8 +11,8 @@ namespace ff {
 // What every operator reads. A forest's mean is one tree of all leaves, with scale 1 / trees.
 template <class T>
 struct CategoricalMixture {
-  const T* weight;  // [N, T, L]  routing probabilities
-  const T* leaves;  // [T, L, C]
+  const T* weight;                         // [N, T, L]  routing probabilities
+  const T* leaves;                         // [T, L, C]
   int64_t samples, trees, count, classes;  // N, T, L, C
   T scale;                                 // yhat = scale sum_l P_l q_l
   T eps;                                   // floor of yhat
@@ -60,8 +60,8 @@ constexpr int kCategoricalBlock = 48;  // samples whose slopes stand in the cach
 // CPU kernels: ranges of work items, called in parallel. One table for each instruction set.
 template <class T>
 struct CategoricalCpu {
-  int lanes;        // of a vector
-  int tile;         // most classes of a tile
+  int lanes;                                                                                   // of a vector
+  int tile;                                                                                    // most classes of a tile
   void (*transpose)(const CategoricalMixture<T>&, T* transposed, int64_t begin, int64_t end);  // (tree, tile) items
   void (*rows)(const CategoricalRowsParams<T>&, int64_t samples, int64_t begin, int64_t end);  // (tree, range) items
   void (*sound)(const T* target, int64_t classes, uint8_t* sound, int64_t begin, int64_t end);  // samples

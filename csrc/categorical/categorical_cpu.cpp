@@ -34,7 +34,8 @@ class Buffer {
   T* data_;
 };
 
-// out[m, :] (+)= sum_k a[m, k] b[k, :] for M rows and V vectors, of whose last only `tail` lanes are kept.
+// out[m, :] (+)= sum_k a[m, k] b[k, :] for M rows and V vectors, of whose last only `tail` lanes are kept. The depth is
+// at least 1: with a path around the loop the compiler keeps the sums on the stack.
 template <class T, int V, int M, bool kAdd, bool kTail>
 FF_INLINE void micro(const T* __restrict__ a, int64_t a_row, int64_t a_step, const T* __restrict__ b, int64_t b_step,
                      int64_t depth, T* __restrict__ out, int64_t out_row, int tail) {
@@ -47,7 +48,7 @@ FF_INLINE void micro(const T* __restrict__ a, int64_t a_row, int64_t a_step, con
       const T* at = out + m * out_row + v * L;
       acc[m][v] = !kAdd ? Vector<T>{} : kTail && v == V - 1 ? load_partial(at, tail) : load(at);
     }
-  for (int64_t k = 0; k < depth; ++k, a += a_step, b += b_step) {
+  do {
     Vector<T> column[V];
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) column[v] = load(b + v * L);
@@ -57,7 +58,8 @@ FF_INLINE void micro(const T* __restrict__ a, int64_t a_row, int64_t a_step, con
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) acc[m][v] += f * column[v];
     }
-  }
+    a += a_step, b += b_step;
+  } while (--depth);
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
@@ -300,8 +302,8 @@ void sound(const T* target, int64_t classes, uint8_t* out, int64_t begin, int64_
 }
 
 template <class T, int V>
-void leaves_tile(const CategoricalLeavesParams<T>& a, int64_t tree, int64_t first, int rest, int64_t begin,
-                 int64_t end, const T* packed, T* slopes, T* sums) {
+void leaves_tile(const CategoricalLeavesParams<T>& a, int64_t tree, int64_t first, int rest, int64_t begin, int64_t end,
+                 const T* packed, T* slopes, T* sums) {
   constexpr int L = kLanes<T>, W = V * L;
   const CategoricalMixture<T>& m = a.mixture;
   const int64_t row = m.trees * m.count;
@@ -317,10 +319,10 @@ void leaves_tile(const CategoricalLeavesParams<T>& a, int64_t tree, int64_t firs
         const Vector<T> factor = broadcast<T>(a.factor ? a.factor[(n0 + n) * m.trees + tree] : T(1));
         for (int v = 0; v < V; ++v) {
           T* at = slopes + n * W + v * L;
-          const Vector<T> slope = class_terms<kind(), false, T>(load_class(y, v, rest), load(at) * m.scale, m.eps,
-                                                                a.numerator.threshold)
-                                      .slope *
-                                  factor;
+          const Vector<T> slope =
+              class_terms<kind(), false, T>(load_class(y, v, rest), load(at) * m.scale, m.eps, a.numerator.threshold)
+                  .slope *
+              factor;
           odd += slope - slope;
           store(at, slope);
         }

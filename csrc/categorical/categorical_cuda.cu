@@ -61,8 +61,8 @@ __device__ __forceinline__ void multiply(const T* a, const T* b, T (&sum)[kOwn][
 
 // sum_l P q of 64 samples from n0 and 64 classes from c0; zeros outside.
 template <class T>
-__device__ __forceinline__ void mixture_tile(const CategoricalMixture<T>& m, int64_t tree, int64_t n0, int64_t c0,
-                                             T* a, T* b, T (&yhat)[kOwn][kOwn]) {
+__device__ __forceinline__ void mixture_tile(const CategoricalMixture<T>& m, int64_t tree, int64_t n0, int64_t c0, T* a,
+                                             T* b, T (&yhat)[kOwn][kOwn]) {
 #pragma unroll
   for (int i = 0; i < kOwn; ++i)
 #pragma unroll
@@ -117,9 +117,8 @@ __global__ void __launch_bounds__(kThreads) rows_kernel(CategoricalRowsParams<T>
           if (p.log_prob) {
             p.log_prob[(n * m.trees + tree) * m.classes + c] = log(above_floor(v, m.eps));
           } else {
-            const ClassTerm<T> term =
-                class_term<kKind, kKind != CategoricalKind::log_prob>(numerator_at(p.numerator, n, tree, c), v, m.eps,
-                                                                      p.numerator.threshold);
+            const ClassTerm<T> term = class_term<kKind, kKind != CategoricalKind::log_prob>(
+                numerator_at(p.numerator, n, tree, c), v, m.eps, p.numerator.threshold);
             loss[i] += term.loss;
             slope = term.slope * (p.sign * m.scale);
           }
@@ -260,8 +259,8 @@ __global__ void __launch_bounds__(kThreads) sum_kernel(CategoricalLeavesParams<T
 
 // A warp owns one sample and reads its target once.
 template <class T>
-__global__ void __launch_bounds__(kThreads) sound_kernel(const T* target, int64_t samples, int64_t classes,
-                                                         uint8_t* sound) {
+__global__ void __launch_bounds__(kThreads)
+    sound_kernel(const T* target, int64_t samples, int64_t classes, uint8_t* sound) {
   const int64_t n = int64_t(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
   T odd = T(0);
   if (n < samples)

@@ -1,5 +1,6 @@
-// Runs every CUDA launcher of the categorical room under the host shim and compares it with the baseline CPU kernels, on
-// small odd cases in buffers of exactly their size. For the sanitizers: prints "OK", or what differs and exits with 1.
+// Runs every CUDA launcher of the categorical room under the host shim and compares it with the baseline CPU kernels,
+// on small odd cases in buffers of exactly their size. For the sanitizers: prints "OK", or what differs and exits
+// with 1.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -135,9 +136,10 @@ struct Run {
             bool accumulate, T sign) {
     const int64_t parts = ff::categorical_parts_cuda(c.samples, c.trees, c.leaves, c.classes);
     Array<T> partial(parts * leaves.size(), T(6)), out(leaves.size(), T(0.5)), expected(leaves.size(), T(0.5));
-    ff::CategoricalLeavesParams<T> params{mixture,      numerator,  by_factor ? factor.get() : nullptr, sound.get(),
-                                          times_leaves, accumulate, sign,                               parts,
-                                          partial.get(), out.get()};
+    ff::CategoricalLeavesParams<T> params{mixture,     numerator,    by_factor ? factor.get() : nullptr,
+                                          sound.get(), times_leaves, accumulate,
+                                          sign,        parts,        partial.get(),
+                                          out.get()};
     check(what, ff::categorical_leaves_cuda(params, nullptr));
     Array<T> cpu_partial(2 * leaves.size(), T(6));
     params.parts = 2;
