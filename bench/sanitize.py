@@ -36,6 +36,24 @@ def main() -> None:
         for log in (False, True):
             units = torch.randn(samples, features, device=device, requires_grad=True)
             ff.route(units, phi if log else phi.int(), steepness, log=log).sum().backward()
+    for samples, trees, count, size in ((1, 1, 1, (1,)), (67, 2, 65, (3,)), (7, 3, 5, (11, 13))):
+        routed = torch.rand(samples, trees, count, device=device).softmax(-1).requires_grad_()
+        leaves = torch.rand(trees, count, *size, device=device, requires_grad=True)
+        target = torch.rand(samples, *size, device=device)
+        for forest in (False, True):
+            ff.categorical_log_prob(routed, leaves, forest=forest).sum().backward()
+            ff.categorical_kl_loss(routed, leaves, target, forest=forest).sum().backward()
+            ff.categorical_l2_loss(routed, leaves, target, forest=forest, mask_threshold=0.1).sum().backward()
+            ff.categorical_statistics(routed, leaves, target, forest=forest)
+    for samples, leaves, dims in ((1, 1, 1), (67, 3, 4), (5, 17, 20), (3, 2, 71)):
+        x = torch.randn(samples, dims, device=device, requires_grad=True)
+        mean = torch.randn(leaves, dims, device=device, requires_grad=True)
+        tril = torch.eye(dims, device=device).repeat(leaves, 1, 1).requires_grad_()
+        log_weight = torch.zeros(samples, leaves, device=device, requires_grad=True)
+        ff.gaussian_log_prob(x, mean, tril).sum().backward()
+        ff.gaussian_mixture_log_prob(x, log_weight, mean, tril).sum().backward()
+        ff.gaussian_responsibilities(x, log_weight, mean, tril).square().sum().backward()
+        ff.gaussian_statistics(x, log_weight, mean, tril)
     torch.cuda.synchronize()
     print("every operator ran")
 

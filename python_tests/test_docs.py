@@ -17,6 +17,7 @@ MODULES = sorted(
     for m in pkgutil.walk_packages(fastforest.__path__, "fastforest.")
     if not m.name.endswith(("__main__", "_C", "_ops", "_shim"))
 )
+ROOMS = [m.name for m in pkgutil.iter_modules(fastforest.ops.__path__) if not m.name.startswith("_")]
 
 
 @pytest.mark.parametrize("name", ["fastforest", *MODULES])
@@ -26,8 +27,8 @@ def test_doctests(name):
 
 
 def test_the_operators_have_doctests():
-    for room in ("fastforest.ops.heatmap", "fastforest.ops.pool", "fastforest.ops.routing"):
-        assert doctest.testmod(importlib.import_module(room)).attempted > 0
+    for room in ROOMS:
+        assert doctest.testmod(importlib.import_module(f"fastforest.ops.{room}")).attempted > 0
 
 
 def test_the_readme_example_runs():
@@ -47,7 +48,7 @@ def test_the_readme_is_complete():
 
 
 def test_every_public_operator_is_documented():
-    rooms = [importlib.import_module(f"fastforest.ops.{room}") for room in ("heatmap", "pool", "routing")]
+    rooms = [importlib.import_module(f"fastforest.ops.{room}") for room in ROOMS]
     readme = (Path(fastforest.__file__).parent.parent / "README.md").read_text()
     for room in rooms:
         for name in room.__all__:
