@@ -14,7 +14,7 @@ endif
 
 # The version that the CPU is tested with; TORCH="..." names another, or an index that has a build without CUDA libraries.
 TORCH ?= torch==2.13.0
-TOOLS := setuptools>=77 wheel cmake>=3.24 ninja pybind11>=2.12 numpy scikit-image matplotlib pytest pytest-benchmark scipy
+TOOLS := setuptools>=77 wheel cmake>=3.24 ninja pybind11>=2.12 numpy scikit-image matplotlib pytest pytest-benchmark scipy scikit-learn
 
 CHECKERS := ruff==0.17.6 mypy==2.4.1 clang-format==23.1.5
 
@@ -47,9 +47,9 @@ check: build
 
 # Twice: with the system's allocator, which users have, and with one that keeps its memory, which flatters the rivals.
 bench: build
-	PYTHONPATH=. $(PY) -m pytest -s bench/bench_pool.py bench/bench_heatmap.py
+	PYTHONPATH=. $(PY) -m pytest -s bench/bench_*.py
 	PYTHONPATH=. MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=67108864 \
-	  $(PY) -m pytest -s bench/bench_pool.py bench/bench_heatmap.py
+	  $(PY) -m pytest -s bench/bench_*.py
 	PYTHONPATH=. $(PY) bench/canvas.py
 
 gpu:

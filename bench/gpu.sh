@@ -14,4 +14,4 @@ sanitizer=$(command -v compute-sanitizer || echo "${CUDA_HOME:-/usr/local/cuda}/
 for tool in memcheck racecheck; do
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 120 "$sanitizer" --tool $tool --error-exitcode 1 $PY bench/sanitize.py
 done
-PYTHONPATH=. $PY -m pytest -s bench/bench_pool.py bench/bench_heatmap.py
+PYTHONPATH=. $PY -m pytest -s bench/bench_*.py

@@ -31,9 +31,10 @@ POSTERIOR = Operator(
     ops.gaussian_responsibilities,
     reference.gaussian_responsibilities,
     ("x", "log_weight"),
+    fused=False,  # its gradient of log w + log N is PyTorch's
     scale=dict.fromkeys(("x", "log_weight", *LEAVES), 1.0),
 )
-STATISTICS = Operator(statistics, reference.gaussian_statistics, ())
+STATISTICS = Operator(statistics, reference.gaussian_statistics, (), fused=False)  # so is the sum of its likelihoods
 MOMENTS = Operator(ops.mixture_moments, reference.mixture_moments, ("weight",), fused=False, scale={"weight": 100.0})
 
 

@@ -94,12 +94,14 @@ struct Prepared {
   GaussianLeaves<T> leaves;
   const T* x;
 
-  Prepared(const char* op, const Given& g)
-      : whiten(new_empty(g.x, {g.size.leaves, on_cuda(g.x) ? 1 : 3, g.size.dims, g.size.dims})),
+  Prepared(const char* op, const Given& g, bool gradients = false)
+      : whiten(new_output(g.x, {g.size.leaves, on_cuda(g.x) ? int64_t(g.size.dims) * g.size.dims
+                                                            : gaussian_whiten_size(g.size.dims, gradients)})),
         log_norm(new_empty(g.x, {g.size.leaves})),
         panels(g.x),
         leaves{data<T>(g.mean), data<T>(g.scale_tril), mutable_data<T>(whiten), mutable_data<T>(log_norm)},
         x(data<T>(g.x)) {
+    (void)gradients;
 #ifdef FF_HAS_CUDA_LAUNCHERS
     if (on_cuda(g.x)) {
       const DeviceScope scope(g.x);
@@ -110,7 +112,8 @@ struct Prepared {
 #ifndef FF_HOST_SHIM
     (void)op;
     const double D = g.size.dims;
-    parallel_work(g.size.leaves, D * D * D / 3, [&](int64_t b, int64_t e) { table<T>().whiten(g.size, leaves, b, e); });
+    parallel_work(g.size.leaves, D * D * D / 3,
+                  [&](int64_t b, int64_t e) { table<T>().whiten(g.size, leaves, gradients, b, e); });
     panels = new_empty(g.x, {panels_of(g.size), g.size.dims, kPanel});
     T* to = mutable_data<T>(panels);
     parallel_work(panels_of(g.size), 4 * D * kPanel,
@@ -183,7 +186,7 @@ std::tuple<Tensor, Tensor, Tensor> log_prob_backward(const Tensor& grad_in, cons
   if (g.empty()) return {grad_x, grad_mean, grad_scale_tril};
   with_type(op, g.x, [&](auto type) {
     using T = decltype(type);
-    const Prepared<T> prepared(op, g);
+    const Prepared<T> prepared(op, g, true);
     GaussianBackwardParams<T> p{s,
                                 prepared.leaves,
                                 prepared.x,

@@ -20,7 +20,7 @@ struct GaussianLeaves {
   const T* mean;        // [K, D]
   const T* scale_tril;  // [K, D, D]  L, its diagonal above 0; otherwise the leaf's densities are NaN
   T* whiten;            // [K, D, D]  scratch, filled by gaussian_whiten: W, zeros above the diagonal.
-                        //            CPU: [K, 3, D, D], W and W^T in blocks, see gaussian_cpu.cpp
+                        //            CPU: [K, gaussian_whiten_size], see gaussian_cpu.cpp
   T* log_norm;          // [K]        scratch, filled by gaussian_whiten: -(D log 2 pi) / 2 - sum_i log L_ii
 };
 
@@ -67,10 +67,11 @@ struct GaussianStatisticsParams {
   T* scratch;          // gaussian_statistics_scratch elements
 };
 
-constexpr int kPanel = 64;      // samples of a CPU panel
-constexpr int kLeafGroup = 16;  // leaves of a CPU task
-constexpr int kChunk = 512;     // samples over which a CPU task sums in registers
-constexpr int kMostTasks = 16;  // of a CPU reduction in either direction: sums repeat for any number of threads
+constexpr int kPanel = 64;       // samples of a CPU panel
+constexpr int kLeafGroup = 16;   // leaves of a CPU task
+constexpr int kChunk = 512;      // samples over which a CPU task sums in registers
+constexpr int kCarefulDims = 6;  // up to here an ill-conditioned leaf is whitened in double
+constexpr int kMostTasks = 16;   // of a CPU reduction in either direction: sums repeat for any number of threads
 
 // How a CPU reduction is cut up: ranges of leaf groups times ranges of chunks, from the sizes alone.
 struct GaussianGrid {
@@ -87,13 +88,20 @@ struct GaussianGrid {
 inline int64_t gaussian_rows(const GaussianSize& s) { return (int64_t(s.dims) + 3) / 4 * 4; }
 inline int64_t gaussian_moment_size(const GaussianSize& s) { return (gaussian_rows(s) + 1) * gaussian_rows(s) + 4; }
 
+// W of one leaf on the CPU: its blocks, a flag, and those of W^T (for gradients) or what rounding took from W (for
+// densities in few dimensions).
+inline int64_t gaussian_block_size(int dims) { return int64_t(dims + 3) / 4 * ((dims + 3) / 4 + 1) * 8 + 4; }
+inline int64_t gaussian_whiten_size(int dims, bool gradients) {
+  return gaussian_block_size(dims) * (gradients || dims <= kCarefulDims ? 2 : 1);
+}
+
 // CPU kernels of one instruction set; each does the items [begin, end) of what the comment names.
 template <class T>
 struct GaussianCpu {
   // panels: x [N, D] into panels
   void (*pack)(const GaussianSize&, const T* x, T* panels, int64_t begin, int64_t end);
   // leaves
-  void (*whiten)(const GaussianSize&, const GaussianLeaves<T>&, int64_t begin, int64_t end);
+  void (*whiten)(const GaussianSize&, const GaussianLeaves<T>&, bool gradients, int64_t begin, int64_t end);
   // panel * groups + leaf group
   void (*log_prob)(const GaussianLogProbParams<T>&, int64_t begin, int64_t end);
   // samples; posterior holds log N before. roots: leaves sqrt(posterior), zeros where log_prob is not finite

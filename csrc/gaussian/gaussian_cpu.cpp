@@ -106,8 +106,7 @@ FF_INLINE void sums(const Vector<T> (&v)[kCount], T* out) {
   }
 }
 
-// W in blocks: forward, [rows i0..i0+3] x [columns 0..i0+3], column by column; backward, the same of W^T; then what
-// rounding took from the forward ones.
+// W in blocks: forward, [rows i0..i0+3] x [columns 0..i0+3], column by column; backward, the same of W^T.
 FF_INLINE int64_t forward_block(int i0) { return int64_t(i0) / 2 * (i0 / 4 + 1) * 4; }
 FF_INLINE int64_t backward_block(int j0, int dims) { return int64_t(j0) * dims - int64_t(j0) / 2 * (j0 - 4); }
 
@@ -212,9 +211,12 @@ void pack(const GaussianSize& s, const T* x, T* panels, int64_t begin, int64_t e
   }
 }
 
+// Squared condition number (of L, by Frobenius norms, over D^2) from which few dimensions are worked out in double.
+constexpr double kWellConditioned = 64;
+
 // W = L^-1 by rows: W_i = (e_i - sum_{k < i} L_ik W_k) / L_ii, in double.
 template <class T>
-void whiten(const GaussianSize& s, const GaussianLeaves<T>& leaves, int64_t begin, int64_t end) {
+void whiten(const GaussianSize& s, const GaussianLeaves<T>& leaves, bool gradients, int64_t begin, int64_t end) {
   const int D = s.dims;
   constexpr int kBlock = 4, L = kLanes<double>;  // vectors of a row at a time
   const int width = (D + kBlock * L - 1) / (kBlock * L) * (kBlock * L);
@@ -243,31 +245,39 @@ void whiten(const GaussianSize& s, const GaussianLeaves<T>& leaves, int64_t begi
       row[i] = factor;
     }
     leaves.log_norm[k] = positive ? T(gaussian_log_norm(logs, D)) : T(NAN);
-    T* forward = leaves.whiten + 3 * k * D * D;
-    T *backward = forward + int64_t(D) * D, *remainder = backward + int64_t(D) * D;
+    const int64_t size = gaussian_block_size(D);
+    T* forward = leaves.whiten + k * gaussian_whiten_size(D, gradients);
+    T* other = forward + size;
+    double of_w = 0, of_l = 0;
+    for (int i = 0; i < D; ++i)
+      for (int j = 0; j <= i; ++j) {
+        of_w += inverse[int64_t(i) * width + j] * inverse[int64_t(i) * width + j];
+        of_l += double(tril[i * D + j]) * tril[i * D + j];
+      }
+    forward[size - 1] = sizeof(T) == 4 && D <= kCarefulDims && !(of_w * of_l < kWellConditioned * D * D);
     each_block(D, [&](auto rows, int i0) {
       constexpr int R = decltype(rows)::value;
       for (int j = 0; j < i0 + R; ++j)
         for (int r = 0; r < R; ++r) {
           const double w = j <= i0 + r ? inverse[int64_t(i0 + r) * width + j] : 0;
           *forward++ = T(w);
-          *remainder++ = T(w - double(T(w)));
+          if (!gradients && D <= kCarefulDims) *other++ = T(w - double(T(w)));
         }
-      for (int i = i0; i < D; ++i)
-        for (int r = 0; r < R; ++r) *backward++ = i >= i0 + r ? T(inverse[int64_t(i) * width + i0 + r]) : T(0);
+      if (gradients)
+        for (int i = i0; i < D; ++i)
+          for (int r = 0; r < R; ++r) *other++ = i >= i0 + r ? T(inverse[int64_t(i) * width + i0 + r]) : T(0);
     });
   }
 }
 
 // -|z|^2 / 2 + log_norm of a strip in double: where D is small, the cancellation inside z is all of the result's error
 // (condition number 1e6, D 2: 3e-5 of the log density in float32).
-constexpr int kCarefulDims = 6;
 FF_INLINE void careful_squares(const float* panel, const float* mean, const float* w, float log_norm, int dims,
                                float* out) {
   typedef float Half __attribute__((vector_size(FF_VECTOR_BYTES / 2)));
   constexpr int L = kLanes<double>;
   double full[kCarefulDims * kCarefulDims];
-  const float* remainder = w + 2 * dims * dims;
+  const float* remainder = w + gaussian_block_size(dims);
   each_block(dims, [&](auto rows, int i0) __attribute__((always_inline)) {
     for (int j = 0; j < i0 + rows.value; ++j)
       for (int r = 0; r < rows.value; ++r) full[(i0 + r) * kCarefulDims + j] = double(*w++) + double(*remainder++);
@@ -287,6 +297,30 @@ FF_INLINE void careful_squares(const float* panel, const float* mean, const floa
   }
 }
 
+// z of one vector in at most kRows dimensions, all in registers; w the forward block.
+template <class T, int D>
+FF_INLINE void few_whitened(const T* panel, const T* mean, const T* w, Vector<T> (&z)[D]) {
+#pragma GCC unroll 4
+  for (int j = 0; j < D; ++j) {
+    const Vector<T> d = load(panel + j * kPanel) - mean[j];
+#pragma GCC unroll 4
+    for (int i = j; i < D; ++i) z[i] = j ? z[i] + w[j * D + i] * d : w[j * D + i] * d;
+  }
+}
+
+template <class T, int D>
+FF_INLINE void few_dims(const T* panel, const T* mean, const T* w, T log_norm, T* out) {
+#pragma GCC unroll 4
+  for (int v = 0; v < kVectors; ++v) {
+    Vector<T> z[D];
+    few_whitened<T, D>(panel + v * kLanes<T>, mean, w, z);
+    Vector<T> squares = z[0] * z[0];
+#pragma GCC unroll 4
+    for (int i = 1; i < D; ++i) squares += z[i] * z[i];
+    store(out + v * kLanes<T>, gaussian_log_density(log_norm, squares));
+  }
+}
+
 template <class T>
 void log_prob(const GaussianLogProbParams<T>& p, int64_t begin, int64_t end) {
   constexpr int L = kLanes<T>;
@@ -301,14 +335,20 @@ void log_prob(const GaussianLogProbParams<T>& p, int64_t begin, int64_t end) {
     for (int strip = 0; strip < samples; strip += kStrip<T>)
       for (int l = 0; l < leaves; ++l) {
         const int64_t k = first_leaf + l;
+        const T *w = p.leaves.whiten + k * gaussian_whiten_size(D, false), *mean = p.leaves.mean + k * D;
+        T* out = tile + l * kPanel + strip;
         if constexpr (sizeof(T) == 4)
-          if (D <= kCarefulDims) {
-            careful_squares(panel + strip, p.leaves.mean + k * D, p.leaves.whiten + 3 * k * D * D, p.leaves.log_norm[k],
-                            D, tile + l * kPanel + strip);
+          if (w[gaussian_block_size(D) - 1] != 0) {
+            careful_squares(panel + strip, mean, w, p.leaves.log_norm[k], D, out);
             continue;
           }
-        differences(panel + strip, p.leaves.mean + k * D, D, d);
-        const T* w = p.leaves.whiten + 3 * k * D * D;
+        if (D <= kRows) {
+          each_block(D, [&](auto rows, int) __attribute__((always_inline)) {
+            few_dims<T, rows.value>(panel + strip, mean, w, p.leaves.log_norm[k], out);
+          });
+          continue;
+        }
+        differences(panel + strip, mean, D, d);
         Vector<T> squares[kVectors] = {};
         each_block(D, [&](auto rows, int i0) __attribute__((always_inline)) {
           Vector<T> z[rows.value][kVectors];
@@ -319,8 +359,7 @@ void log_prob(const GaussianLogProbParams<T>& p, int64_t begin, int64_t end) {
             for (int v = 0; v < kVectors; ++v) squares[v] += z[r][v] * z[r][v];
         });
 #pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v)
-          store(tile + l * kPanel + strip + v * L, p.leaves.log_norm[k] - T(0.5) * squares[v]);
+        for (int v = 0; v < kVectors; ++v) store(out + v * L, gaussian_log_density(p.leaves.log_norm[k], squares[v]));
       }
     for (int n = 0; n < samples; n += L)
       for (int l = 0; l < leaves; l += L) {
@@ -467,6 +506,46 @@ T* moments_begin(const GaussianBackwardParams<T>& p) {
   return p.scratch + (p.grad_x ? GaussianGrid(p.size).leaf_ranges * panels_of(p.size) * p.size.dims * kPanel : 0);
 }
 
+// One leaf and one chunk in at most kRows dimensions, all in registers. grad_x [panels][D][kPanel] is added to;
+// `second` the leaf's moments; either may be null.
+template <class T, int D>
+FF_INLINE void few_dims_backward(const T* panels, const T* mean, const T* w, const T* grad, int samples, T* grad_x,
+                                 T* second) {
+  constexpr int L = kLanes<T>;
+  constexpr int kPairs = D * (D + 1) / 2, kSums = (kPairs + D + 1 + L - 1) / L * L;
+  Vector<T> totals[kSums] = {};
+  for (int n = 0; n < samples; n += L) {
+    const int64_t at = int64_t(n / kPanel) * kPanel * D + n % kPanel;
+    const Vector<T> g = load(grad + n);
+    Vector<T> z[D];
+    few_whitened<T, D>(panels + at, mean, w, z);
+    int pair = 0;
+#pragma GCC unroll 4
+    for (int i = 0; i < D; ++i) {
+      const Vector<T> u = g * z[i];
+#pragma GCC unroll 4
+      for (int j = 0; j <= i; ++j) totals[pair++] += u * z[j];
+      totals[kPairs + i] += u;
+    }
+    totals[kPairs + D] += g;
+    if (grad_x)
+#pragma GCC unroll 4
+      for (int j = 0; j < D; ++j) {
+        Vector<T> y = w[j * D + j] * z[j];
+#pragma GCC unroll 4
+        for (int i = j + 1; i < D; ++i) y += w[j * D + i] * z[i];
+        store(grad_x + at + j * kPanel, load(grad_x + at + j * kPanel) + g * y);
+      }
+  }
+  if (!second) return;
+  alignas(64) T result[kSums];
+  sums<T>(totals, result);
+  const T* from = result;
+  for (int i = 0; i < D; ++i)
+    for (int j = 0; j <= i; ++j) second[i * kRows + j] += *from++;
+  for (int i = 0; i <= D; ++i) second[kRows * kRows + (i < D ? i : kRows)] += *from++;
+}
+
 template <class T>
 void backward(const GaussianBackwardParams<T>& p, int64_t begin, int64_t end) {
   constexpr int L = kLanes<T>;
@@ -476,7 +555,7 @@ void backward(const GaussianBackwardParams<T>& p, int64_t begin, int64_t end) {
   const bool of_leaves = p.grad_mean || p.grad_scale_tril;
   const FlushSubnormals flush;
   alignas(64) T d[kMostDims * kStrip<T>];
-  Buffer<T> grads(kLeafGroup * kRow), z(int64_t(rows) * kRow), u(int64_t(rows) * kRow);
+  Buffer<T> grads(kLeafGroup * kRow), z(int64_t(rows) * kRow), u(int64_t(rows) * kRow), sums_u(int64_t(D) * L);
   std::fill(z + int64_t(D) * kRow, z + int64_t(rows) * kRow, T(0));
   std::fill(u + int64_t(D) * kRow, u + int64_t(rows) * kRow, T(0));
   for (int64_t index = begin; index < end; ++index) {
@@ -495,7 +574,16 @@ void backward(const GaussianBackwardParams<T>& p, int64_t begin, int64_t end) {
       for (int64_t k = first; k < last; ++k) {
         if (k % kLeafGroup == 0) load_group<T>(p.grad, s.leaves, k, first_sample, samples, grads);
         const T* grad = grads + k % kLeafGroup * kRow;
-        const T *forward = p.leaves.whiten + 3 * k * D * D, *back = forward + int64_t(D) * D;
+        const T* forward = p.leaves.whiten + k * gaussian_whiten_size(D, true);
+        const T* back = forward + gaussian_block_size(D);
+        T* second = of_leaves ? moments_of(moments_begin(p), s, task.sample_range, k) : nullptr;
+        if (D <= kRows) {
+          each_block(D, [&](auto dims, int) __attribute__((always_inline)) {
+            few_dims_backward<T, dims.value>(panels, p.leaves.mean + k * D, forward, grad, padded, grad_x, second);
+          });
+          continue;
+        }
+        std::fill(+sums_u, sums_u + int64_t(D) * L, T(0));
         // 1. z and u = g z of the chunk, and grad_x while u is in L1
         for (int n = 0; n < padded; n += kStrip<T>) {
           const int64_t panel = int64_t(n / kPanel) * kPanel * D + n % kPanel;
@@ -508,8 +596,16 @@ void backward(const GaussianBackwardParams<T>& p, int64_t begin, int64_t end) {
 #pragma GCC unroll 4
               for (int v = 0; v < kVectors; ++v) {
                 store(z + (i0 + r) * kRow + n + v * L, zs[r][v]);
-                store(u + (i0 + r) * kRow + n + v * L, zs[r][v] * load(grad + n + v * L));
+                zs[r][v] *= load(grad + n + v * L);
+                store(u + (i0 + r) * kRow + n + v * L, zs[r][v]);
               }
+#pragma GCC unroll 4
+            for (int r = 0; r < block.value; ++r) {
+              Vector<T> total = load(sums_u + (i0 + r) * L);
+#pragma GCC unroll 4
+              for (int v = 0; v < kVectors; ++v) total += zs[r][v];
+              store(sums_u + (i0 + r) * L, total);
+            }
           });
           if (grad_x)
             each_block(D, [&](auto block, int j0) __attribute__((always_inline)) {
@@ -519,18 +615,11 @@ void backward(const GaussianBackwardParams<T>& p, int64_t begin, int64_t end) {
         }
         if (!of_leaves) continue;
         // 2. sum g, sum u, sum u z^T
-        T* second = moments_of(moments_begin(p), s, task.sample_range, k);
         T *mean = second + int64_t(rows) * rows, *count = mean + rows;
         Vector<T> total{};
         for (int n = 0; n < padded; n += L) total += load(grad + n);
         *count += sum<T>(total);
-        for (int i = 0; i < D; ++i) {
-          Vector<T> of_row[4] = {};
-          for (int n = 0; n < padded; n += 4 * L)
-#pragma GCC unroll 4
-            for (int v = 0; v < 4; ++v) of_row[v] += load(u + i * kRow + n + v * L);
-          mean[i] += sum<T>((of_row[0] + of_row[1]) + (of_row[2] + of_row[3]));
-        }
+        for (int i = 0; i < D; ++i) mean[i] += sum<T>(load(sums_u + i * L));
         if (p.grad_scale_tril) product_triangle<T>(u, z, padded, rows, second);
       }
     }
@@ -577,7 +666,7 @@ void backward_leaves(const GaussianBackwardParams<T>& p, int64_t begin, int64_t 
   for (int64_t k = begin; k < end; ++k) {
     const T* second = gather_moments(moments_begin(p), s, k);
     const T *mean = second + int64_t(rows) * rows, *count = mean + rows;
-    const T* back = p.leaves.whiten + (3 * k + 1) * D * D;
+    const T* back = p.leaves.whiten + k * gaussian_whiten_size(D, true) + gaussian_block_size(D);
     each_block(D, [&](auto block, int j0) {
       constexpr int R = decltype(block)::value;
       const T* w = back + backward_block(j0, D);

@@ -6,8 +6,8 @@ namespace ff {
 
 // log N = log_norm - |z|^2 / 2,  log_norm = -(D log 2 pi) / 2 - sum_i log L_ii
 // d log N / d x = -W^T z,  d / d m = W^T z,  d / d L = tril(W^T z z^T) - diag(1 / L_ii)
-template <class T>
-FF_HD T gaussian_log_density(T log_norm, T squares) {
+template <class T, class V>  // V: T, or a vector of it
+FF_HD V gaussian_log_density(T log_norm, V squares) {
   return log_norm - T(0.5) * squares;
 }
 
