@@ -140,5 +140,4 @@ class SoftForest(nn.Module):
             features = features.to(self.weight.dtype)
         units = functional.linear(features, self.weight, self.bias)
         with torch.autocast(features.device.type, enabled=False):
-            # Multiplied here, the steepness stays on the device and in a compiled graph.
-            return ops_routing.route(units.to(self.weight.dtype) * self._steepness, self.phi, log=log)
+            return ops_routing.route(units.to(self.weight.dtype), self.phi, self._steepness, log=log)
