@@ -41,7 +41,7 @@ def tree_order(centres: Tensor) -> Tensor:
     parts = [torch.arange(len(centres))]
     place = centres.double().cpu()
     while len(parts[0]) > 1:
-        halves = []
+        halves: list[Tensor] = []
         for part in parts:
             apart = place[part] - place[part].mean(0)
             axis = torch.linalg.svd(apart, full_matrices=False).Vh[0]

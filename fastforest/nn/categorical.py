@@ -51,7 +51,9 @@ class _MapForest(LeafForest):
         if not 0 <= floor < 1:
             raise ValueError(f"{self.NAME}: floor must be in [0, 1), got {floor!r}")
         if mask_threshold is not None and not 0 <= mask_threshold < math.inf:
-            raise ValueError(f"{self.NAME}: mask_threshold must be a finite number of at least 0, got {mask_threshold!r}")
+            raise ValueError(
+                f"{self.NAME}: mask_threshold must be a finite number of at least 0, got {mask_threshold!r}"
+            )
         self.leaf_update = paired(self.NAME, "loss", loss, leaf_update, allow_mismatch)
         self.loss_kind, self.mask_threshold, self.eps, self.floor = loss, mask_threshold, eps, floor
         self.maps = maps
@@ -123,7 +125,7 @@ class _MapForest(LeafForest):
             rows = ops_categorical.categorical_kl_loss(prob, leaves, target, eps=self.eps).mean(-1)
             # KL of w y is w KL of y and w log w times its mass.
             return rows - (torch.where(weight > 0, weight.log(), 0.0) * target.sum(-1)).sum(-1)
-        target, total = self._target(labels), 0.0
+        target, total = self._target(labels), log_prob.new_zeros(len(log_prob))
         for m in range(self.maps):
             rows = ops_categorical.categorical_l2_loss(
                 prob, leaves[:, :, m], target[:, m], mask_threshold=self._threshold()
@@ -137,7 +139,7 @@ class _MapForest(LeafForest):
         if self.leaf_update == "bounding":
             sums = torch.zeros_like(leaves)
             for rows, part in zip(prob.split(self._rows_at_a_time()), self._chunks(labels, weight), strict=True):
-                sums += ops_categorical.categorical_statistics(rows, leaves, self._weighted(*part))
+                ops_categorical.categorical_statistics(rows, leaves, self._weighted(*part), eps=self.eps, out=sums)
             return [sums]
         grams = leaves.new_zeros(self.maps, *leaves.shape[:2], leaves.shape[1])
         crosses = torch.zeros_like(leaves)
@@ -161,7 +163,7 @@ class _MapForest(LeafForest):
         if self.leaf_update == "bounding":
             fresh, dead = self._bounded(statistics[0][:, part], leaves[:, part])
         else:
-            fresh, dead = self._solved(*statistics, leaves, part)
+            fresh, dead = self._solved(statistics[0], statistics[1], leaves, part)
         return self._set(part, fresh, dead)
 
     def _bounded(self, sums: Tensor, leaves: Tensor) -> tuple[Tensor, int]:
@@ -370,7 +372,9 @@ class _LandmarkTrees(_MapForest):
 
     NAME = "HeatmapForest"
 
-    def __init__(self, in_features: int, landmarks: int, size: tuple[int, int], sigma: float, truncate: float, **rest: Any):
+    def __init__(
+        self, in_features: int, landmarks: int, size: tuple[int, int], sigma: float, truncate: float, **rest: Any
+    ):
         trees, depth = rest["trees"], rest["depth"]
         leaf_sigma = max(sigma, 0.5 * math.sqrt(size[0] * size[1] / 2**depth))
         half = torch.tensor([size[1] / 2, size[0] / 2])
@@ -451,6 +455,9 @@ class HeatmapForest(nn.Module):
     (torch.Size([5, 4, 2]), torch.Size([5, 4, 12, 12]))
     """
 
+    group: Tensor
+    """[P]: to which group a landmark belongs."""
+
     def __init__(
         self,
         in_features: int,
@@ -486,7 +493,7 @@ class HeatmapForest(nn.Module):
         _check_forest("HeatmapForest", trees, depth, seed)
         self.in_features, self.landmarks, self.size = in_features, landmarks, (int(size[0]), int(size[1]))
         members = _members(groups, landmarks)
-        self.groups = nn.ModuleList(
+        self.groups: Any = nn.ModuleList(
             _LandmarkTrees(
                 in_features,
                 len(member),
@@ -517,9 +524,6 @@ class HeatmapForest(nn.Module):
             label[member] = index
         self.register_buffer("group", label)
         self._members = [member.tolist() for member in members]
-
-    group: Tensor
-    """[P]: to which group a landmark belongs."""
 
     @property
     def steepness(self) -> float:

@@ -273,9 +273,7 @@ class GaussianForest(LeafForest):
         if not labels.is_floating_point():
             raise TypeError(f"{self.NAME}: labels must be floating-point, got {labels.dtype}")
         if tuple(labels.shape) != (samples, self.out_features):
-            raise ValueError(
-                f"{self.NAME}: labels must be [{samples}, {self.out_features}], got {list(labels.shape)}"
-            )
+            raise ValueError(f"{self.NAME}: labels must be [{samples}, {self.out_features}], got {list(labels.shape)}")
         return labels.detach().to(self.mean.dtype)
 
 
