@@ -14,5 +14,6 @@ from fastforest import nn
 from fastforest.ops.gaussian import *
 from fastforest.ops.heatmap import *
 from fastforest.ops.pool import *
+from fastforest.ops.routing import *
 
 __version__ = "0.1.0"
