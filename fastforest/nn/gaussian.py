@@ -230,16 +230,17 @@ class GaussianForest(LeafForest):
     def _fit(self, statistics: list[Any], tree: int | None, group: Any) -> int:
         if self.objective == "per_tree":
             return self._set([self._fitted(s, group) for s in statistics], range(self.trees))
-        (whole,), leaves = statistics, self.routing.leaves
+        whole, leaves = _summed(statistics[0], group), self.routing.leaves
         trees = range(self.trees) if tree is None else (tree,)
         parts = [slice(t * leaves, (t + 1) * leaves) for t in trees]
         fields = ("count", "first", "second", "mean", "scale_tril")
         each = [whole._replace(**{name: getattr(whole, name)[part] for name in fields}) for part in parts]
-        return self._set([self._fitted(s, group) for s in each], trees)
+        return self._set([self._fit_of(s) for s in each], trees)
 
     def _fitted(self, statistics: Any, group: Any) -> Any:
-        if many_ranks(group):
-            statistics = statistics.all_reduce(group)
+        return self._fit_of(_summed(statistics, group))
+
+    def _fit_of(self, statistics: Any) -> Any:
         return statistics.fit(self.covariance, floor=self.floor, min_count=self.min_count, dead=self.dead)
 
     def _set(self, fits: list[Any], trees: Any) -> int:
@@ -368,3 +369,7 @@ class GaussianMixture:
         if self._moments is None:
             self._moments = ops_gaussian.mixture_moments(self.weight, self.leaf_mean, self.leaf_scale_tril)
         return self._moments
+
+
+def _summed(statistics: Any, group: Any) -> Any:
+    return statistics.all_reduce(group) if many_ranks(group) else statistics
