@@ -239,6 +239,10 @@ std::tuple<Tensor, Tensor> mixture(const Tensor& x, const Tensor& log_weight_in,
 #ifdef FF_HAS_CUDA_LAUNCHERS
     if (on_cuda(g.x)) {
       const DeviceScope scope(g.x);
+      // With room for every leaf's density the leaves of a sample are shared by blocks.
+      const bool room = !rows && g.size.samples * g.size.leaves <= int64_t(1) << 24;
+      const Tensor densities = new_empty(g.x, {room ? g.size.samples : 0, g.size.leaves});
+      if (room) rows = mutable_data<T>(densities);
       const GaussianMixtureParams<T> p{
           g.size, prepared.leaves, prepared.x, data<T>(log_weight), mutable_data<T>(log_prob), rows};
       return check_cuda(op, gaussian_mixture_cuda(p, scope.stream()));

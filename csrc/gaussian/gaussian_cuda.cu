@@ -11,6 +11,8 @@ namespace {
     {"gaussian_log_prob<float> 2", narrow_kernel<float, 2>},
     {"gaussian_log_prob<float> 3", narrow_kernel<float, 3>},
     {"gaussian_log_prob<float> 4", narrow_kernel<float, 4>},
+    {"gaussian_log_prob<float> 5", narrow_kernel<float, 5>},
+    {"gaussian_log_prob<float> 6", narrow_kernel<float, 6>},
     {"gaussian_mixture<float> 4", small_density_kernel<float, 4>},
     {"gaussian_log_prob<float> 8", small_density_kernel<float, 8>},
     {"gaussian_log_prob<float> 16", small_density_kernel<float, 16>},

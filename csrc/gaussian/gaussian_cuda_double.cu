@@ -11,6 +11,8 @@ namespace {
     {"gaussian_log_prob<double> 2", narrow_kernel<double, 2>},
     {"gaussian_log_prob<double> 3", narrow_kernel<double, 3>},
     {"gaussian_log_prob<double> 4", narrow_kernel<double, 4>},
+    {"gaussian_log_prob<double> 5", narrow_kernel<double, 5>},
+    {"gaussian_log_prob<double> 6", narrow_kernel<double, 6>},
     {"gaussian_mixture<double> 4", small_density_kernel<double, 4>},
     {"gaussian_log_prob<double> 8", small_density_kernel<double, 8>},
     {"gaussian_log_prob<double> 16", small_density_kernel<double, 16>},

@@ -1,7 +1,7 @@
 // CUDA kernels of the gaussian room: float is built by gaussian_cuda.cu, double by gaussian_cuda_double.cu.
 //
-// Three families, told apart by D. All subtract the mean first and multiply by W in the working precision (no tf32):
-//   D <= 4   densities alone: a lane owns a leaf in registers, the samples pass; bound by the stores
+// Three families, told apart by D. All subtract the mean first and multiply by W, no tf32:
+//   D <= 6   densities alone: a lane owns a leaf in registers, in double, the samples pass
 //   D <= 32  "small": a thread owns two samples (double: one) in registers, the leaves pass through shared memory and
 //            the loops over the triangle are unrolled: no zero is multiplied
 //   D > 32   "wide": tiled products of 64 x 64 (double: 64 x 32) by panels of 32, panels above the diagonal skipped
@@ -9,7 +9,7 @@
 // in a last kernel in their order: no atomics, the same bits in every run.
 //
 // Multiply-adds and times of float on an H200 (67 TF/s, 4.3 TB/s; an H100 SXM differs in its 3 TB/s alone, so only at
-// D <= 4). The floor counts triangles of multiply-adds; the expectation adds what the kernels issue besides, the blocks
+// D <= 6). The floor counts triangles of multiply-adds; the expectation adds what the kernels issue besides, the blocks
 // of 16 rows and of 64 columns that the diagonal cuts, and launches. Computed, not measured:
 //   log_prob (4096, 160, 2)       2.6 MB stored: floor 0.6 us, expected 3, a launch
 //   log_prob (4096, 160, 20)      0.15 G: floor 4.5 us, expected 10
@@ -31,7 +31,6 @@ namespace ff {
 namespace {
 
 constexpr int kThreads = 128;      // of a block, where nothing else is said
-constexpr int kNarrowDims = 4;     // the most D of the narrow kernel
 constexpr int kSmallDims = 32;     // of the small ones
 constexpr int kTileRows = 64;      // of a tiled product
 constexpr int kDepth = 32;         // of a panel
@@ -170,35 +169,43 @@ struct LogSum {
 };
 
 // A lane owns a leaf, its W, m and norm in registers; a block of 8 warps shares 256 samples and 32 leaves, so that a
-// warp stores 32 neighbours. Bytes an output: 4 stored, D / 8 read through L1 (all lanes the same). About 11
-// instructions an output at D = 2, a third of the time of the store: bound by memory.
+// warp stores 32 neighbours. In double, from L itself, whatever T is: in few dimensions the cancellation inside z is
+// all of a density's error (condition number 1e6, D 2: 3e-5 of it in float32). Bytes an output: 4 stored, D / 8 read
+// through L1 (all lanes the same). D (D + 5) / 2 operations in double an output, at D = 2 below the time of the store.
 template <class T, int D>
 __global__ void __launch_bounds__(256) narrow_kernel(const DensityParams<T> a) {
   const int64_t leaf = int64_t(blockIdx.y) * 32 + threadIdx.x % 32, begin = int64_t(blockIdx.x) * 256;
   if (leaf >= a.size.leaves) return;
-  T mean[D], w[D][D];
+  double mean[D], w[D][D];
+  const T* lower = a.leaves.scale_tril + leaf * D * D;
 #pragma unroll
   for (int i = 0; i < D; ++i) {
-    mean[i] = a.leaves.mean[leaf * D + i];
+    mean[i] = double(a.leaves.mean[leaf * D + i]);
+    w[i][i] = 1.0 / double(lower[i * D + i]);
 #pragma unroll
-    for (int j = 0; j <= i; ++j) w[i][j] = a.leaves.whiten[(leaf * D + i) * D + j];
+    for (int j = 0; j < i; ++j) {
+      double total = 0.0;
+#pragma unroll
+      for (int k = j; k < i; ++k) total += double(lower[i * D + k]) * w[k][j];
+      w[i][j] = -w[i][i] * total;
+    }
   }
-  const T log_norm = a.leaves.log_norm[leaf];
+  const double log_norm = double(a.leaves.log_norm[leaf]);
   const int count = int(min(int64_t(256), a.size.samples - begin));
-#pragma unroll 4
+#pragma unroll 2
   for (int i = threadIdx.x / 32; i < count; i += 8) {
     const int64_t n = begin + i;
-    T d[D], squares = 0;
+    double d[D], squares = 0.0;
 #pragma unroll
-    for (int j = 0; j < D; ++j) d[j] = a.x[n * D + j] - mean[j];
+    for (int j = 0; j < D; ++j) d[j] = double(a.x[n * D + j]) - mean[j];
 #pragma unroll
     for (int r = 0; r < D; ++r) {
-      T z = 0;
+      double z = 0.0;
 #pragma unroll
       for (int j = 0; j <= r; ++j) z += w[r][j] * d[j];
       squares += z * z;
     }
-    T value = gaussian_log_density(log_norm, squares);
+    T value = T(gaussian_log_density(log_norm, squares));
     if (a.log_weight) value += a.log_weight[n * a.size.leaves + leaf];
     a.out[n * a.size.leaves + leaf] = value;
   }
@@ -1042,7 +1049,7 @@ int with_small_dims(int dims, const F& f) {
 template <class T>
 int launch_density(DensityParams<T> a, CUstream_st* stream) {
   const GaussianSize& s = a.size;
-  if (a.out && s.dims <= kNarrowDims) {
+  if (a.out && s.dims <= kCarefulDims) {
     const auto narrow = [&](auto dims) {
       auto kernel = narrow_kernel<T, decltype(dims)::value>;
       return launch(kernel, parts_of(s.samples, 256), parts_of(s.leaves, 32), 256, 0, stream, a);
@@ -1051,7 +1058,9 @@ int launch_density(DensityParams<T> a, CUstream_st* stream) {
       case 1: return narrow(Constant<1>{});
       case 2: return narrow(Constant<2>{});
       case 3: return narrow(Constant<3>{});
-      default: return narrow(Constant<4>{});
+      case 4: return narrow(Constant<4>{});
+      case 5: return narrow(Constant<5>{});
+      default: return narrow(Constant<6>{});
     }
   }
   const Split split = a.out ? leaf_split(s) : Split{s.leaves, 1};

@@ -154,7 +154,7 @@ class GaussianStatistics(NamedTuple):
     most K, in ascending order (inf: there was no such sample). samples: scalar, how many counted.
     """
 
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]
     first: Tensor
     second: Tensor
     log_likelihood: Tensor
@@ -164,7 +164,7 @@ class GaussianStatistics(NamedTuple):
     worst_log_prob: Tensor
     samples: Tensor
 
-    def __add__(self, other: object) -> GaussianStatistics:  # type: ignore[override]
+    def __add__(self, other: object) -> GaussianStatistics:
         """Statistics of both batches, about the same means. ValueError if the leaves differ in shape."""
         if not isinstance(other, GaussianStatistics):
             return NotImplemented
