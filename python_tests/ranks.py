@@ -14,6 +14,17 @@ from fastforest import training
 from fastforest.nn import GaussianForest, HeatmapForest, LabelDistributionForest
 
 
+class Loss(torch.nn.Module):
+    """What is wrapped for gradients to be averaged: its forward pass is the loss."""
+
+    def __init__(self, head: GaussianForest) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return self.head.loss(features, labels)
+
+
 def work(rank: int, ranks: int) -> dict[str, torch.Tensor]:
     """The leaves and units of each layer after it started and moved."""
     torch.set_num_threads(1)
@@ -26,7 +37,7 @@ def work(rank: int, ranks: int) -> dict[str, torch.Tensor]:
     heads = {
         "per_tree": (GaussianForest(5, 2, dead="reseed", min_count=4.0, **shape), values),
         "sequential": (GaussianForest(5, 2, objective="forest", tree_update="sequential", **shape), values),
-        "replay": (GaussianForest(5, 2, replay=100, update_every=2, iterations=3, **shape), values),
+        "replay": (GaussianForest(5, 2, replay=200, update_every=3, iterations=3, **shape), values),
         "bounding": (LabelDistributionForest(5, 4, **shape), classes),
         # float64: the trees' weights are nearly dependent, and the solve amplifies float32's rounding a thousandfold.
         "least_squares": (LabelDistributionForest(5, 4, loss="l2", objective="forest", **shape).double(), classes),
@@ -40,9 +51,14 @@ def work(rank: int, ranks: int) -> dict[str, torch.Tensor]:
         head.initialize(labels[mine])
         head.calibrate(features[mine])
         if name == "replay":
-            for part in range(2):
-                rows = torch.arange(60)[mine][part::2]
-                head.loss(features[rows], labels[rows])
+            model: torch.nn.Module = Loss(head)
+            if ranks > 1:
+                model = torch.nn.parallel.DistributedDataParallel(model)
+            optimizer = torch.optim.SGD(head.parameters(), 0.1)
+            for _ in range(4):
+                optimizer.zero_grad()
+                model(features[mine], labels[mine]).backward()
+                optimizer.step()
         else:
             for _ in range(3):
                 head.accumulate(features[mine], labels[mine])

@@ -48,9 +48,9 @@ class GaussianForest(LeafForest):
         dead: "keep" it, or "reseed" it at the worst explained samples.
         objective: "per_tree": the mean of the trees' negative log likelihoods; "forest": that of the mean of the trees.
         tree_update: "average" or "sequential", see `update`.
-        replay: how many past samples `loss` stores, features as this head saw them; every `update_every` calls in
-            training mode, `iterations` steps of expectation maximisation over them, with the routing held fixed. None:
-            no replay, leaves move by `accumulate` and `update` alone. It is not part of the state dict.
+        replay: how many past samples `loss` stores on each rank, features as this head saw them; every `update_every`
+            calls in training mode, `iterations` steps of expectation maximisation over them, with the routing held
+            fixed. None: no replay, leaves move by `accumulate` and `update` alone. It is not part of the state dict.
         update_every, iterations: of the replay.
 
     `loss(features, labels, weight=None)`: negative log likelihood in nats; labels [N, D] as floats, weight [N]. In
