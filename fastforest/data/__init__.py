@@ -7,6 +7,7 @@ from .augment import Augment, Plain, horizontal_flip
 from .errors import DataError
 from .faces import Cached, CropPackage, Face, PtsFolder, SyntheticFaces, crop_box, open_dataset, rescale, resize, split
 from .layout import FLIP_68, LINES_68, REGIONS_68
+from .ldl import DistributionSet, read_distributions, read_distributions_folder, synthetic_distributions
 from .pts import read_image, read_pts, write_pts
 from .synthetic import draw_face, mean_shape_68
 
@@ -18,6 +19,7 @@ __all__ = [
     "Cached",
     "CropPackage",
     "DataError",
+    "DistributionSet",
     "Face",
     "Plain",
     "PtsFolder",
@@ -27,10 +29,13 @@ __all__ = [
     "horizontal_flip",
     "mean_shape_68",
     "open_dataset",
+    "read_distributions",
+    "read_distributions_folder",
     "read_image",
     "read_pts",
     "rescale",
     "resize",
     "split",
+    "synthetic_distributions",
     "write_pts",
 ]
