@@ -9,7 +9,6 @@ six measures of the field, mean and deviation over the folds.
 from __future__ import annotations
 
 import json
-import math
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -47,7 +46,8 @@ class LabelDistributionRecipe:
     dropout: of the features; hidden_dropout: of the hidden layer. average: decay of the weights' moving average.
     update_every: steps between leaf updates, each of `iterations` bounding steps over a replay of `replay` rows.
     ramps: pieces into which a feature of many values is cut at its quantiles; 0 leaves it whole. binary_power: features
-    of two values are divided by deviation ** binary_power: 1 is to standardise, 0 leaves rare ones small.
+    of two values are divided by deviation ** binary_power: 1 is to standardise, 0 leaves rare ones small. min_count:
+    features of two values of which one is seen in fewer training rows are dropped.
     """
 
     hidden: int = 128
@@ -68,6 +68,7 @@ class LabelDistributionRecipe:
     replay: int = 2048
     ramps: int = 0
     binary_power: float = 1.0
+    min_count: int = 1
 
 
 OF_SETS: dict[str, dict[str, Any]] = {
@@ -89,15 +90,16 @@ OF_SETS: dict[str, dict[str, Any]] = {
 class Preparation:
     """Features made ready for a linear layer, by the training rows alone.
 
-    Constant features are dropped. A feature of two values is centred and divided by its deviation ** binary_power, all
+    Constant features are dropped, and those of two values of which one is rare. A feature of two values is centred and divided by its deviation ** binary_power, all
     of them together then scaled to a mean variance of 1. Others are standardised, or, with `ramps`, each becomes that
     many ramps between its quantiles, standardised: a linear layer then sees any piecewise linear function of it.
     """
 
-    def __init__(self, features: Tensor, ramps: int = 0, binary_power: float = 1.0) -> None:
+    def __init__(self, features: Tensor, ramps: int = 0, binary_power: float = 1.0, min_count: int = 1) -> None:
         low, high = features.amin(0), features.amax(0)
         two = ((features == low) | (features == high)).all(0)
-        self.binary = ((low < high) & two).nonzero()[:, 0]
+        rarer = torch.minimum((features == low).sum(0), (features == high).sum(0))
+        self.binary = (two & (low < high) & (rarer >= min_count)).nonzero()[:, 0]
         self.real = (~two).nonzero()[:, 0]
         self.edges: Tensor | None = None
         if ramps:
@@ -270,7 +272,7 @@ def cross_validate(
     decay = 0.0
     bar = report.Bar(given.name, parts)
     for part, (train, test) in enumerate(folds(len(given.features), parts, seed)):
-        prepared = Preparation(given.features[train], recipe.ramps, recipe.binary_power)
+        prepared = Preparation(given.features[train], recipe.ramps, recipe.binary_power, recipe.min_count)
         x, y = prepared(given.features[train]), given.labels[train]
         if part == 0:
             # Chosen once: on the first fold's training rows, as the settings of the forest were.
