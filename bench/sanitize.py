@@ -30,6 +30,12 @@ def main() -> None:
         for window in (None, 2):
             heatmap = torch.randn(2, 5, height, width, device=device, requires_grad=True)
             ff.soft_argmax(heatmap, 3.0, window=window).sum().backward()
+    for samples, features, trees, depth in ((1, 1, 1, 1), (5, 13, 3, 6), (3, 2, 1, 14), (3, 13001, 2, 3)):
+        phi = ff.draw_phi(features, trees, depth).to(device)
+        steepness = torch.tensor(2.0, device=device, requires_grad=True)
+        for log in (False, True):
+            units = torch.randn(samples, features, device=device, requires_grad=True)
+            ff.route(units, phi if log else phi.int(), steepness, log=log).sum().backward()
     torch.cuda.synchronize()
     print("every operator ran")
 

@@ -11,7 +11,10 @@ torch.Size([4, 68, 2])
 """
 
 from fastforest import nn
+from fastforest.ops.categorical import *
+from fastforest.ops.gaussian import *
 from fastforest.ops.heatmap import *
 from fastforest.ops.pool import *
+from fastforest.ops.routing import *
 
 __version__ = "0.1.0"

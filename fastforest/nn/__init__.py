@@ -1,5 +1,17 @@
 """Layers: `torch.nn.Module`s over the operators of `fastforest.ops`."""
 
+from fastforest.nn.categorical import HeatmapForest, LabelDistribution, LabelDistributionForest, group_landmarks
+from fastforest.nn.gaussian import GaussianForest, GaussianMixture
 from fastforest.nn.pool import LeafPool
+from fastforest.nn.routing import SoftForest
 
-__all__ = ["LeafPool"]
+__all__ = [
+    "GaussianForest",
+    "GaussianMixture",
+    "HeatmapForest",
+    "LabelDistribution",
+    "LabelDistributionForest",
+    "LeafPool",
+    "SoftForest",
+    "group_landmarks",
+]

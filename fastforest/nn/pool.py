@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fastforest.nn._checks import check_integer, check_positive, paired
 from fastforest.ops import pool as ops_pool
 
 __all__ = ["LeafPool"]
 
-PAIRS = {"kl": "bounding", "l2": "least_squares"}
 DAMPING = 1e-2  # of the least-squares update, relative to the mean diagonal of its gram
 GEOMETRY = 3  # the first columns of the keys: x, y, x^2 + y^2
 
@@ -110,20 +110,19 @@ class LeafPool(nn.Module):
             ("leaves", leaves, 1),
             ("rank", rank, GEOMETRY),
         ):
-            if not isinstance(value, int) or value < least:
-                raise ValueError(f"LeafPool: {name} must be an integer of at least {least}, got {value!r}")
+            check_integer("LeafPool", name, value, least)
         if len(size) != 2 or min(size) < 1:
             raise ValueError(f"LeafPool: size must be (H, W), both at least 1, got {size!r}")
         for name, number in (("sigma", sigma), ("truncate", truncate), ("eps", eps), ("spread", spread)):
-            _check_positive(name, number)
+            check_positive("LeafPool", name, number)
         if leaf_sigma is not None:
-            _check_positive("leaf_sigma", leaf_sigma)
+            check_positive("LeafPool", "leaf_sigma", leaf_sigma)
         if selection not in ("softmax", "forest"):
             raise ValueError(f"LeafPool: selection must be 'softmax' or 'forest', got {selection!r}")
         self.in_features, self.landmarks, self.leaves, self.rank = in_features, landmarks, leaves, rank
         self.size, self.sigma, self.truncate, self.eps = (int(size[0]), int(size[1])), float(sigma), truncate, eps
         self.selection, self.objective = selection, objective
-        self.leaf_update = _paired(objective, leaf_update, allow_mismatch)
+        self.leaf_update = paired("LeafPool", "objective", objective, leaf_update, allow_mismatch)
         self.trees, self.depth = _forest_shape(selection, leaves, trees, depth)
 
         place = spread_points(leaves)
@@ -151,7 +150,7 @@ class LeafPool(nn.Module):
 
     @steepness.setter
     def steepness(self, value: float) -> None:
-        _check_positive("steepness", value)
+        check_positive("LeafPool", "steepness", value)
         self._steepness.fill_(value)
 
     def select(self, features: Tensor) -> Tensor:
@@ -436,23 +435,3 @@ def _forest_shape(selection: str, leaves: int, trees: int | None, depth: int | N
             f"depth={depth}"
         )
     return trees, depth
-
-
-def _paired(objective: str, leaf_update: str | None, allow_mismatch: bool) -> str:
-    if objective not in PAIRS:
-        raise ValueError(f"LeafPool: objective must be 'kl' or 'l2', got {objective!r}")
-    if leaf_update is None:
-        return PAIRS[objective]
-    if leaf_update not in PAIRS.values():
-        raise ValueError(f"LeafPool: leaf_update must be 'bounding' or 'least_squares', got {leaf_update!r}")
-    if leaf_update != PAIRS[objective] and not allow_mismatch:
-        raise ValueError(
-            f"LeafPool: objective {objective!r} goes with leaf_update {PAIRS[objective]!r}, got {leaf_update!r}, which "
-            "minimises another loss; allow_mismatch=True pairs them all the same"
-        )
-    return leaf_update
-
-
-def _check_positive(name: str, value: float) -> None:
-    if not 0 < value < math.inf:
-        raise ValueError(f"LeafPool: {name} must be a positive finite number, got {value!r}")

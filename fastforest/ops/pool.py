@@ -24,6 +24,7 @@ from torch import Tensor
 
 from fastforest.ops._checks import check_choice, check_number, check_same, check_size, check_tensor, compute_dtype
 from fastforest.ops._register import op, register
+from fastforest.ops._solve import project_simplex, solve_least_squares
 
 __all__ = [
     "PoolUpdate",
@@ -284,25 +285,10 @@ def pool_l2_update(gram: Tensor, cross: Tensor, *, ridge: float = 1e-6, simplex:
             f"{name}: gram and cross must be finite and not empty, got {list(cross.shape)} with NaN or inf"
         )
     ridge = check_number(name, "ridge", ridge, least=0)
-    # The solve is small beside the statistics, and a gram squares the condition of the selection: float64.
-    diagonal = gram.diagonal()
-    system = gram.double()
-    system = system + ridge * diagonal.double().mean() * torch.eye(leaves, dtype=system.dtype, device=system.device)
-    right = cross.flatten(0, 1).T.double()
-    factor, failed = torch.linalg.cholesky_ex(system)
-    # A pivot lost to rounding passes the factorisation and spoils the solution.
-    pivots = factor.diagonal()
-    singular = bool(failed) or not bool(pivots.min() > pivots.max() * leaves * torch.finfo(system.dtype).eps ** 0.5)
-    if singular:
-        values, vectors = torch.linalg.eigh(system)
-        kept = values > values.abs().max() * leaves * torch.finfo(gram.dtype).eps
-        inverse = torch.where(kept, 1 / torch.where(kept, values, 1.0), 0.0)
-        solution = vectors @ (inverse.unsqueeze(-1) * (vectors.T @ right))
-    else:
-        solution = torch.cholesky_solve(right, factor)
+    solution = solve_least_squares(gram, cross.flatten(0, 1).T, ridge)
     if simplex:
-        solution = _project_simplex(solution)
-    return PoolUpdate(solution.T.reshape(cross.shape).to(cross.dtype).contiguous(), int((diagonal <= 0).sum()))
+        solution = project_simplex(solution)
+    return PoolUpdate(solution.T.reshape(cross.shape).to(cross.dtype).contiguous(), int((gram.diagonal() <= 0).sum()))
 
 
 @_full_precision
@@ -361,14 +347,6 @@ def pool_heatmap(prob: Tensor, pool: Tensor) -> Tensor:
     """The mixture heatmaps themselves, ``yhat(h) = sum_n p_n q(h, n)``, [B, P, H, W]: to look at, not to train with."""
     prob, pool = _mixture("pool_heatmap", prob, pool)
     return (prob @ pool.flatten(0, 1).T).unflatten(-1, pool.shape[:2])
-
-
-def _project_simplex(v: Tensor) -> Tensor:
-    ordered = v.sort(-1, descending=True).values
-    excess = ordered.cumsum(-1) - 1
-    rank = torch.arange(1, v.shape[-1] + 1, dtype=v.dtype, device=v.device)
-    support = (ordered * rank > excess).sum(-1, keepdim=True)
-    return (v - excess.gather(-1, support - 1) / support).clamp_min(0)
 
 
 def _floor(name: str, eps: float, dtype: torch.dtype) -> float:

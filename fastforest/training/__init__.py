@@ -4,6 +4,7 @@ history = fit(model, train, held_out, TrainConfig(minutes=20), out=Path("runs/fa
 """
 
 from .checkpoint import Checkpoint, CheckpointError, load, write_atomically
+from .forests import ForestHistory, fit_forest
 from .loop import History, TrainConfig, TrainingError, default_normalizer, fit, mean_shape, predict
 from .schedules import anneal, learning_rate_factor
 from .sets import read, training_sets
@@ -11,12 +12,14 @@ from .sets import read, training_sets
 __all__ = [
     "Checkpoint",
     "CheckpointError",
+    "ForestHistory",
     "History",
     "TrainConfig",
     "TrainingError",
     "anneal",
     "default_normalizer",
     "fit",
+    "fit_forest",
     "learning_rate_factor",
     "load",
     "mean_shape",

@@ -1,0 +1,330 @@
+// The gaussian room's operators: checks, allocation, dispatch.
+#include "gaussian/gaussian.h"
+
+#include <algorithm>
+
+#include "common/isa.h"
+#include "common/stable_torch.h"
+
+namespace ff {
+namespace {
+
+using torch::stable::new_empty;
+
+// Calls f with a value of the tensor's element type.
+template <class F>
+void with_type(const char* op, const Tensor& t, const F& f) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return f(float{});
+    case ScalarType::Double: return f(double{});
+    default: FF_CHECK(false, op, ": expected float32 or float64");
+  }
+}
+
+template <class T>
+const T* data(const Tensor& t) {
+  return static_cast<const T*>(t.const_data_ptr());
+}
+template <class T>
+T* mutable_data(const Tensor& t) {
+  return static_cast<T*>(t.mutable_data_ptr());
+}
+
+// The arguments every operator has, contiguous.
+struct Given {
+  Tensor x, mean, scale_tril;
+  GaussianSize size;
+
+  Given(const char* op, const Tensor& x_in, const Tensor& mean_in, const Tensor& scale_tril_in)
+      : x(torch::stable::contiguous(x_in)),
+        mean(torch::stable::contiguous(mean_in)),
+        scale_tril(torch::stable::contiguous(scale_tril_in)) {
+    FF_CHECK(x.dim() == 2 && x.size(1) >= 1 && x.size(1) <= kMostDims, op,
+             ": x must be [N, D] with D from 1 to 256, got ", shape(x));
+    const int64_t dims = x.size(1);
+    FF_CHECK(mean.dim() == 2 && mean.size(1) == dims, op, ": mean must be [K, ", dims, "], got ", shape(mean));
+    const int64_t leaves = mean.size(0);
+    FF_CHECK(scale_tril.dim() == 3 && scale_tril.size(0) == leaves && scale_tril.size(1) == dims &&
+                 scale_tril.size(2) == dims,
+             op, ": scale_tril must be [", leaves, ", ", dims, ", ", dims, "], got ", shape(scale_tril));
+    same(op, "mean", mean);
+    same(op, "scale_tril", scale_tril);
+    size = {x.size(0), leaves, int(dims)};
+  }
+  void same(const char* op, const char* name, const Tensor& t) const {
+    FF_CHECK(t.scalar_type() == x.scalar_type() && t.get_device() == x.get_device(), op, ": ", name,
+             " must have the dtype and device of x");
+  }
+  Tensor per_leaf(const char* op, const char* name, const Tensor& t) const {
+    FF_CHECK(t.dim() == 2 && t.size(0) == size.samples && t.size(1) == size.leaves, op, ": ", name, " must be [",
+             size.samples, ", ", size.leaves, "], got ", shape(t));
+    same(op, name, t);
+    return torch::stable::contiguous(t);
+  }
+  bool empty() const { return size.samples == 0 || size.leaves == 0; }
+};
+
+#ifndef FF_HOST_SHIM
+template <class T>
+const GaussianCpu<T>& table() {
+#ifdef FF_X86
+  return choose(baseline::gaussian_cpu<T>(), avx2::gaussian_cpu<T>(), avx512::gaussian_cpu<T>());
+#else
+  return baseline::gaussian_cpu<T>();
+#endif
+}
+
+int64_t panels_of(const GaussianSize& s) { return (s.samples + kPanel - 1) / kPanel; }
+
+// Items in chunks of about `flops` work; one thread for little work.
+template <class F>
+void parallel_work(int64_t items, double flops_an_item, const F& f) {
+  const int64_t chunk = std::max<int64_t>(1, int64_t(2e5 / std::max(flops_an_item, 1.0)));
+  if (items <= chunk)
+    f(int64_t(0), items);
+  else
+    parallel_chunks(items, chunk, f);
+}
+#endif
+
+// The leaves prepared, and on the CPU the samples in panels.
+template <class T>
+struct Prepared {
+  Tensor whiten, log_norm, panels;
+  GaussianLeaves<T> leaves;
+  const T* x;
+
+  Prepared(const char* op, const Given& g)
+      : whiten(new_empty(g.x, {g.size.leaves, on_cuda(g.x) ? 1 : 2, g.size.dims, g.size.dims})),
+        log_norm(new_empty(g.x, {g.size.leaves})),
+        panels(g.x),
+        leaves{data<T>(g.mean), data<T>(g.scale_tril), mutable_data<T>(whiten), mutable_data<T>(log_norm)},
+        x(data<T>(g.x)) {
+#ifdef FF_HAS_CUDA_LAUNCHERS
+    if (on_cuda(g.x)) {
+      const DeviceScope scope(g.x);
+      check_cuda(op, gaussian_whiten_cuda(g.size, leaves, scope.stream()));
+      return;
+    }
+#endif
+#ifndef FF_HOST_SHIM
+    (void)op;
+    const double D = g.size.dims;
+    parallel_work(g.size.leaves, D * D * D / 3, [&](int64_t b, int64_t e) { table<T>().whiten(g.size, leaves, b, e); });
+    panels = new_empty(g.x, {panels_of(g.size), g.size.dims, kPanel});
+    T* to = mutable_data<T>(panels);
+    parallel_work(panels_of(g.size), 4 * D * kPanel,
+                  [&](int64_t b, int64_t e) { table<T>().pack(g.size, data<T>(g.x), to, b, e); });
+    x = to;
+#endif
+  }
+};
+
+#ifndef FF_HOST_SHIM
+template <class T>
+void log_prob_cpu(const GaussianLogProbParams<T>& p) {
+  const double D = p.size.dims, flops = (D * D + 4 * D + 8) * kPanel * kLeafGroup;
+  const int64_t tasks = panels_of(p.size) * ((p.size.leaves + kLeafGroup - 1) / kLeafGroup);
+  parallel_work(tasks, flops, [&](int64_t b, int64_t e) { table<T>().log_prob(p, b, e); });
+}
+
+// In pieces that stay in the cache between the densities and their log-sum-exp. `rows` [N, K] or null.
+template <class T>
+void mixture_cpu(const Given& g, const Prepared<T>& prepared, const T* log_weight, T* log_prob, T* rows, bool roots) {
+  const int64_t K = g.size.leaves, piece = std::max<int64_t>(1024, (1 << 20) / K / kPanel * kPanel);
+  Tensor scratch = new_empty(g.x, {rows ? 0 : std::min(piece, g.size.samples), K});
+  for (int64_t first = 0; first < g.size.samples; first += piece) {
+    GaussianSize size = g.size;
+    size.samples = std::min(piece, g.size.samples - first);
+    T* to = rows ? rows + first * K : mutable_data<T>(scratch);
+    log_prob_cpu<T>({size, prepared.leaves, prepared.x + first * size.dims, to});
+    const GaussianMixtureParams<T> p{size, prepared.leaves, nullptr, log_weight + first * K, log_prob + first, to};
+    parallel_work(size.samples, 40.0 * K, [&](int64_t b, int64_t e) { table<T>().mixture(p, roots, b, e); });
+  }
+}
+#endif
+
+Tensor log_prob(const Tensor& x, const Tensor& mean, const Tensor& scale_tril) {
+  const char* op = "gaussian_log_prob";
+  const Given g(op, x, mean, scale_tril);
+  Tensor out = new_output(g.x, {g.size.samples, g.size.leaves});
+  if (g.empty()) return out;
+  with_type(op, g.x, [&](auto type) {
+    using T = decltype(type);
+    const Prepared<T> prepared(op, g);
+    const GaussianLogProbParams<T> p{g.size, prepared.leaves, prepared.x, mutable_data<T>(out)};
+#ifdef FF_HAS_CUDA_LAUNCHERS
+    if (on_cuda(g.x)) {
+      const DeviceScope scope(g.x);
+      return check_cuda(op, gaussian_log_prob_cuda(p, scope.stream()));
+    }
+#endif
+#ifndef FF_HOST_SHIM
+    log_prob_cpu(p);
+#endif
+  });
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor> log_prob_backward(const Tensor& grad_in, const Tensor& x, const Tensor& mean,
+                                                     const Tensor& scale_tril, bool needs_x, bool needs_mean,
+                                                     bool needs_scale_tril) {
+  const char* op = "gaussian_log_prob backward";
+  const Given g(op, x, mean, scale_tril);
+  const Tensor grad = g.per_leaf(op, "grad", grad_in);
+  const GaussianSize& s = g.size;
+  const auto output = [&](bool needed, std::initializer_list<int64_t> sizes) {
+    Tensor t = new_empty(g.x, needed ? std::vector<int64_t>(sizes) : std::vector<int64_t>{0});
+    if (needed && g.empty()) torch::stable::zero_(t);
+    return t;
+  };
+  Tensor grad_x = output(needs_x, {s.samples, s.dims}), grad_mean = output(needs_mean, {s.leaves, s.dims});
+  Tensor grad_scale_tril = output(needs_scale_tril, {s.leaves, s.dims, s.dims});
+  if (g.empty()) return {grad_x, grad_mean, grad_scale_tril};
+  with_type(op, g.x, [&](auto type) {
+    using T = decltype(type);
+    const Prepared<T> prepared(op, g);
+    GaussianBackwardParams<T> p{s,
+                                prepared.leaves,
+                                prepared.x,
+                                data<T>(grad),
+                                needs_x ? mutable_data<T>(grad_x) : nullptr,
+                                needs_mean ? mutable_data<T>(grad_mean) : nullptr,
+                                needs_scale_tril ? mutable_data<T>(grad_scale_tril) : nullptr,
+                                nullptr};
+#ifdef FF_HAS_CUDA_LAUNCHERS
+    if (on_cuda(g.x)) {
+      const DeviceScope scope(g.x);
+      const Tensor scratch = new_empty(g.x, {gaussian_backward_scratch_cuda(s)});
+      p.scratch = mutable_data<T>(scratch);
+      return check_cuda(op, gaussian_backward_cuda(p, scope.stream()));
+    }
+#endif
+#ifndef FF_HOST_SHIM
+    const GaussianGrid grid(s);
+    const bool of_leaves = needs_mean || needs_scale_tril;
+    const int64_t of_x = needs_x ? grid.leaf_ranges * panels_of(s) * kPanel * s.dims : 0;
+    const Tensor scratch =
+        new_output(g.x, {of_x + (of_leaves ? grid.sample_ranges * s.leaves * gaussian_moment_size(s) : 0)});
+    p.scratch = mutable_data<T>(scratch);
+    const double D = s.dims;
+    parallel_chunks(grid.tasks(), 1, [&](int64_t b, int64_t e) { table<T>().backward(p, b, e); });
+    if (needs_x)
+      parallel_work(panels_of(s), kPanel * D * double(grid.leaf_ranges + 4),
+                    [&](int64_t b, int64_t e) { table<T>().backward_x(p, b, e); });
+    if (of_leaves)
+      parallel_work(s.leaves, D * D * D / 3 + D * D * double(grid.sample_ranges),
+                    [&](int64_t b, int64_t e) { table<T>().backward_leaves(p, b, e); });
+#endif
+  });
+  return {grad_x, grad_mean, grad_scale_tril};
+}
+
+std::tuple<Tensor, Tensor> mixture(const Tensor& x, const Tensor& log_weight_in, const Tensor& mean,
+                                   const Tensor& scale_tril, bool needs_posterior) {
+  const char* op = "gaussian_mixture";
+  const Given g(op, x, mean, scale_tril);
+  const Tensor log_weight = g.per_leaf(op, "log_weight", log_weight_in);
+  Tensor log_prob = new_empty(g.x, {g.size.samples});
+  Tensor posterior = new_output(g.x, {needs_posterior ? g.size.samples : 0, g.size.leaves});
+  FF_CHECK(g.size.leaves > 0, op, ": mean must have a leaf, got ", shape(mean));
+  if (g.empty()) return {log_prob, posterior};
+  with_type(op, g.x, [&](auto type) {
+    using T = decltype(type);
+    const Prepared<T> prepared(op, g);
+    T* rows = needs_posterior ? mutable_data<T>(posterior) : nullptr;
+#ifdef FF_HAS_CUDA_LAUNCHERS
+    if (on_cuda(g.x)) {
+      const DeviceScope scope(g.x);
+      const GaussianMixtureParams<T> p{
+          g.size, prepared.leaves, prepared.x, data<T>(log_weight), mutable_data<T>(log_prob), rows};
+      return check_cuda(op, gaussian_mixture_cuda(p, scope.stream()));
+    }
+#endif
+#ifndef FF_HOST_SHIM
+    mixture_cpu<T>(g, prepared, data<T>(log_weight), mutable_data<T>(log_prob), rows, false);
+#endif
+  });
+  return {log_prob, posterior};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> statistics(const Tensor& x, const Tensor& log_weight_in, const Tensor& mean,
+                                                      const Tensor& scale_tril) {
+  const char* op = "gaussian_statistics";
+  const Given g(op, x, mean, scale_tril);
+  const Tensor log_weight = g.per_leaf(op, "log_weight", log_weight_in);
+  const GaussianSize& s = g.size;
+  FF_CHECK(s.leaves > 0, op, ": mean must have a leaf, got ", shape(mean));
+  Tensor count = new_empty(g.x, {s.leaves}), first = new_empty(g.x, {s.leaves, s.dims});
+  Tensor second = new_empty(g.x, {s.leaves, s.dims, s.dims}), log_prob = new_empty(g.x, {s.samples});
+  if (g.empty()) {
+    for (Tensor* t : {&count, &first, &second}) torch::stable::zero_(*t);
+    return {count, first, second, log_prob};
+  }
+  with_type(op, g.x, [&](auto type) {
+    using T = decltype(type);
+    const Prepared<T> prepared(op, g);
+    const Tensor posterior = new_output(g.x, {s.samples, s.leaves});
+    GaussianStatisticsParams<T> p{s,
+                                  prepared.leaves,
+                                  prepared.x,
+                                  data<T>(log_prob),
+                                  data<T>(posterior),
+                                  mutable_data<T>(count),
+                                  mutable_data<T>(first),
+                                  mutable_data<T>(second),
+                                  nullptr};
+#ifdef FF_HAS_CUDA_LAUNCHERS
+    if (on_cuda(g.x)) {
+      const DeviceScope scope(g.x);
+      const GaussianMixtureParams<T> m{
+          s, prepared.leaves, prepared.x, data<T>(log_weight), mutable_data<T>(log_prob), mutable_data<T>(posterior)};
+      check_cuda(op, gaussian_mixture_cuda(m, scope.stream()));
+      const Tensor scratch = new_empty(g.x, {gaussian_statistics_scratch_cuda(s)});
+      p.scratch = mutable_data<T>(scratch);
+      return check_cuda(op, gaussian_statistics_cuda(p, scope.stream()));
+    }
+#endif
+#ifndef FF_HOST_SHIM
+    mixture_cpu<T>(g, prepared, data<T>(log_weight), mutable_data<T>(log_prob), mutable_data<T>(posterior), true);
+    // A sample that counts nothing must not reach the sums as 0 times NaN.
+    T* panels = mutable_data<T>(prepared.panels);
+    for (int64_t n = 0; n < s.samples; ++n) {
+      const T value = p.log_prob[n];
+      if (value - value != T(0))
+        for (int j = 0; j < s.dims; ++j) panels[(n / kPanel * s.dims + j) * kPanel + n % kPanel] = T(0);
+    }
+    const GaussianGrid grid(s);
+    const Tensor scratch = new_output(g.x, {grid.sample_ranges * s.leaves * gaussian_moment_size(s)});
+    p.scratch = mutable_data<T>(scratch);
+    const double D = s.dims;
+    parallel_chunks(grid.tasks(), 1, [&](int64_t b, int64_t e) { table<T>().statistics(p, b, e); });
+    parallel_work(s.leaves, D * D * double(grid.sample_ranges + 2),
+                  [&](int64_t b, int64_t e) { table<T>().statistics_leaves(p, b, e); });
+#endif
+  });
+  return {count, first, second, log_prob};
+}
+
+FF_SCHEMAS(m) {
+  m.def("gaussian_log_prob(Tensor x, Tensor mean, Tensor scale_tril) -> Tensor");
+  m.def(
+      "gaussian_log_prob_backward(Tensor grad, Tensor x, Tensor mean, Tensor scale_tril, bool needs_x, "
+      "bool needs_mean, bool needs_scale_tril) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "gaussian_mixture(Tensor x, Tensor log_weight, Tensor mean, Tensor scale_tril, bool needs_posterior) -> "
+      "(Tensor, Tensor)");
+  m.def(
+      "gaussian_statistics(Tensor x, Tensor log_weight, Tensor mean, Tensor scale_tril) -> "
+      "(Tensor, Tensor, Tensor, Tensor)");
+}
+
+FF_IMPLEMENTATIONS(m) {
+  m.impl("gaussian_log_prob", TORCH_BOX(&log_prob));
+  m.impl("gaussian_log_prob_backward", TORCH_BOX(&log_prob_backward));
+  m.impl("gaussian_mixture", TORCH_BOX(&mixture));
+  m.impl("gaussian_statistics", TORCH_BOX(&statistics));
+}
+
+}  // namespace
+}  // namespace ff

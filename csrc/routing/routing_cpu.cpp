@@ -1,0 +1,381 @@
+// CPU kernels of the routing room. Compiled once per instruction set (FF_ISA): every helper has internal linkage.
+//
+// A task is a group of samples, one a lane. Their units are transposed once, and the split probabilities of all F units
+// stand in L1, [F] vectors: a node is then two loads at phi[n], whatever units the trees share, and its gradient one
+// vector added at phi[n], with no conflicts between lanes and always in the same order. A tree is walked left to right,
+// subtree by subtree of `lanes` leaves, so the memory of a tree is that of one path. The subtree's leaves are
+// transposed in registers and written as whole vectors of each sample's row.
+//
+// Cost: the forward writes the leaves once, the backward reads their gradients once; nothing between them is stored.
+#include <cstdlib>
+#include <type_traits>
+
+#include "common/simd.h"
+#include "routing/routing.h"
+#include "routing/routing_math.h"
+
+namespace ff {
+namespace FF_ISA {
+namespace {
+
+constexpr int log2_of(int n) { return n == 1 ? 0 : 1 + log2_of(n / 2); }
+template <class T>
+constexpr int kTail = log2_of(kLanes<T>);  // levels of the subtree whose leaves make a square with the lanes
+
+// a0 b0 a1 b1 ...: the first vector of it, or the second.
+template <class T, bool kSecond>
+FF_INLINE Vector<T> interleave(Vector<T> a, Vector<T> b) {
+#if defined(__clang__)
+#define FF_TAKE(...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define FF_TAKE(...) __builtin_shuffle(a, b, typename VectorOf<T>::Int{__VA_ARGS__})
+#endif
+  if constexpr (kLanes<T> == 16) {
+    if constexpr (kSecond) return FF_TAKE(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+    return FF_TAKE(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  } else if constexpr (kLanes<T> == 8) {
+    if constexpr (kSecond) return FF_TAKE(4, 12, 5, 13, 6, 14, 7, 15);
+    return FF_TAKE(0, 8, 1, 9, 2, 10, 3, 11);
+  } else if constexpr (kLanes<T> == 4) {
+    if constexpr (kSecond) return FF_TAKE(2, 6, 3, 7);
+    return FF_TAKE(0, 4, 1, 5);
+  } else {
+    if constexpr (kSecond) return FF_TAKE(1, 3);
+    return FF_TAKE(0, 2);
+  }
+#undef FF_TAKE
+}
+
+// A square of vectors, transposed: interleaving the halves moves one bit of the row into the column.
+template <class T>
+FF_INLINE void transpose(Vector<T> (&a)[kLanes<T>]) {
+  constexpr int W = kLanes<T>;
+#pragma GCC unroll 4
+  for (int step = 0; step < kTail<T>; ++step) {
+    Vector<T> b[W];
+#pragma GCC unroll 8
+    for (int i = 0; i < W / 2; ++i) {
+      b[2 * i] = interleave<T, false>(a[i], a[i + W / 2]);
+      b[2 * i + 1] = interleave<T, true>(a[i], a[i + W / 2]);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < W; ++i) a[i] = b[i];
+  }
+}
+
+// A group's rows of a matrix; lanes past the last sample repeat it and are not written.
+template <class T>
+struct Rows {
+  T* row[FF_VECTOR_BYTES / sizeof(T)];
+  int count;
+
+  FF_INLINE Rows(T* data, int64_t width, int64_t samples, int64_t first) {
+    constexpr int W = FF_VECTOR_BYTES / sizeof(T);
+    count = int(samples - first < W ? samples - first : W);
+    for (int i = 0; i < W; ++i) row[i] = data + (first + (i < count ? i : count - 1)) * width;
+  }
+};
+
+// Columns [at, at + width) of the rows as vectors over the samples, and back.
+template <class T>
+FF_INLINE void read_square(const Rows<const T>& rows, int64_t at, int width, Vector<T> (&a)[kLanes<T>]) {
+  if (width == kLanes<T>) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes<T>; ++i) a[i] = load(rows.row[i] + at);
+  } else {
+    for (int i = 0; i < kLanes<T>; ++i) a[i] = load_partial(rows.row[i] + at, width);
+  }
+  transpose<T>(a);
+}
+template <class T>
+FF_INLINE void write_square(const Rows<T>& rows, int64_t at, int width, Vector<T> (&a)[kLanes<T>]) {
+  transpose<T>(a);
+  if (rows.count == kLanes<T> && width == kLanes<T>) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes<T>; ++i) store(rows.row[i] + at, a[i]);
+  } else {
+    for (int i = 0; i < rows.count; ++i) store_partial(rows.row[i] + at, a[i], width);
+  }
+}
+
+FF_INLINE FloatVector log1p_unit(FloatVector e) {  // of [0, 1]: 2 artanh(e / (2 + e)), to 1 ulp
+  const FloatVector z = e / (e + 2.f), w = z * z;
+  FloatVector p = broadcast(1.f / 15);
+  p = p * w + 1.f / 13;
+  p = p * w + 1.f / 11;
+  p = p * w + 1.f / 9;
+  p = p * w + 1.f / 7;
+  p = p * w + 1.f / 5;
+  p = p * w + 1.f / 3;
+  return z * w * p * 2.f + z * 2.f;
+}
+FF_INLINE DoubleVector log1p_unit(DoubleVector e) {
+  for (int i = 0; i < kLanes<double>; ++i) e[i] = __builtin_log1p(e[i]);
+  return e;
+}
+
+// As split and log_split of routing_math.h.
+template <class T>
+FF_INLINE Split<Vector<T>> split_lanes(Vector<T> x) {
+  const Vector<T> e = exp(x < T(0) ? x : -x), large = T(1) / (e + T(1)), small = e * large;
+  return {x < T(0) ? small : large, x < T(0) ? large : small};
+}
+template <class T>
+FF_INLINE Split<Vector<T>> log_split_lanes(Vector<T> x) {
+  const Vector<T> zero{}, t = log1p_unit(exp(x < T(0) ? x : -x));
+  return {(x < T(0) ? x : zero) - t, (x > T(0) ? -x : zero) - t};
+}
+
+// A group's units: [F, 2] vectors of split probabilities (or their logarithms), then [F] sums of gradients.
+template <class T>
+class Units {
+ public:
+  Units(int64_t features, bool sums) : features_((features + kLanes<T> - 1) / kLanes<T> * kLanes<T>) {
+    const size_t bytes = size_t(features_) * (sums ? 3 : 2) * sizeof(Vector<T>);
+    split_ = static_cast<T*>(aligned_alloc(FF_VECTOR_BYTES, bytes));
+    sum_ = sums ? split_ + features_ * 2 * kLanes<T> : nullptr;
+  }
+  Units(const Units&) = delete;
+  ~Units() { free(split_); }
+
+  template <bool kLog>
+  FF_INLINE void read(const RouteParams<T>& p, T steepness, int64_t first) {
+    const Rows<const T> rows(p.units, p.features, p.samples, first);
+    for (int64_t f = 0; f < p.features; f += kLanes<T>) {
+      Vector<T> x[kLanes<T>];
+      read_square<T>(rows, f, int(p.features - f < kLanes<T> ? p.features - f : kLanes<T>), x);
+      for (int i = 0; i < kLanes<T>; ++i) {
+        const Split<Vector<T>> d = kLog ? log_split_lanes<T>(x[i] * steepness) : split_lanes<T>(x[i] * steepness);
+        store(split_ + (f + i) * 2 * kLanes<T>, d.left);
+        store(split_ + (f + i) * 2 * kLanes<T> + kLanes<T>, d.right);
+      }
+    }
+    if (sum_) memset(sum_, 0, size_t(features_) * sizeof(Vector<T>));
+  }
+  FF_INLINE void write_sums(const RouteBackwardParams<T>& b, T steepness, int64_t first) const {
+    const int64_t features = b.forward.features;
+    const Rows<T> rows(b.grad_units, features, b.forward.samples, first);
+    for (int64_t f = 0; f < features; f += kLanes<T>) {
+      Vector<T> g[kLanes<T>];
+      for (int i = 0; i < kLanes<T>; ++i) g[i] = load(sum_ + (f + i) * kLanes<T>) * steepness;
+      write_square<T>(rows, f, int(features - f < kLanes<T> ? features - f : kLanes<T>), g);
+    }
+  }
+  FF_INLINE Split<Vector<T>> at(int32_t unit) const {
+    const T* d = split_ + int64_t(unit) * 2 * kLanes<T>;
+    return {load(d), load(d + kLanes<T>)};
+  }
+  FF_INLINE void add(int32_t unit, Vector<T> grad) const {
+    T* sum = sum_ + int64_t(unit) * kLanes<T>;
+    store(sum, load(sum) + grad);
+  }
+
+ private:
+  int64_t features_;
+  T *split_, *sum_;
+};
+
+template <bool kLog, class V>
+FF_INLINE V step(V reach, V d) {
+  return kLog ? reach + d : reach * d;
+}
+
+// The path from the root to subtree `r` of level `top`: the probability (or its logarithm) of reaching each level.
+// Walking left to right, only the levels below the first turn change: two a subtree on the average.
+template <class T, bool kLog>
+struct Path {
+  Vector<T> reach[kMaxDepth + 1];
+  int top;
+
+  FF_INLINE explicit Path(int levels) : top(levels) { reach[0] = broadcast<T>(kLog ? T(0) : T(1)); }
+  FF_INLINE void go(const Units<T>& units, const int32_t* phi, int64_t r) {
+    for (int level = r ? top - 1 - __builtin_ctzll(r) : 0; level < top; ++level) {
+      const Split<Vector<T>> d = units.at(phi[(int64_t(1) << level) - 1 + (r >> (top - level))]);
+      reach[level + 1] = step<kLog>(reach[level], r >> (top - 1 - level) & 1 ? d.right : d.left);
+    }
+  }
+};
+
+// The leaves of subtree r, kDepth levels deep, whose root is on level `top`.
+template <class T, bool kLog, int kDepth>
+FF_INLINE void leaves_of(const Units<T>& units, const int32_t* phi, int top, int64_t r, Vector<T> root, Vector<T>* p) {
+  p[0] = root;
+#pragma GCC unroll 4
+  for (int j = 0; j < kDepth; ++j) {
+    const int32_t* nodes = phi + (int64_t(1) << (top + j)) - 1 + (r << j);
+#pragma GCC unroll 8
+    for (int i = (1 << j) - 1; i >= 0; --i) {
+      const Split<Vector<T>> d = units.at(nodes[i]);
+      p[2 * i + 1] = step<kLog>(p[i], d.right);
+      p[2 * i] = step<kLog>(p[i], d.left);
+    }
+  }
+}
+
+// The value of a node from its children's, whose gradient is added to its unit.
+template <class T, bool kLog>
+FF_INLINE Vector<T> merge(const Units<T>& units, int32_t unit, Vector<T> reach, Vector<T> left, Vector<T> right) {
+  const Split<Vector<T>> d = units.at(unit);
+  units.add(unit, kLog ? log_node_grad(d, left, right) : node_grad(d, reach, left, right));
+  return kLog ? log_node_value(left, right) : node_value(d, left, right);
+}
+
+// The value of subtree r from its leaves' gradients.
+template <class T, bool kLog, int kDepth>
+FF_INLINE Vector<T> value_of(const Units<T>& units, const int32_t* phi, int top, int64_t r, Vector<T> root,
+                             Vector<T>* v) {
+  constexpr int kLeaves = 1 << kDepth;
+  Vector<T> reach[kLeaves];  // of the nodes inside, breadth-first
+  reach[0] = root;
+  if constexpr (!kLog) {
+#pragma GCC unroll 4
+    for (int j = 0; j + 1 < kDepth; ++j) {
+      const int32_t* nodes = phi + (int64_t(1) << (top + j)) - 1 + (r << j);
+#pragma GCC unroll 8
+      for (int i = 0; i < 1 << j; ++i) {
+        const int n = (1 << j) - 1 + i;
+        const Split<Vector<T>> d = units.at(nodes[i]);
+        reach[2 * n + 1] = reach[n] * d.left;
+        reach[2 * n + 2] = reach[n] * d.right;
+      }
+    }
+  }
+#pragma GCC unroll 4
+  for (int j = kDepth - 1; j >= 0; --j) {
+    const int32_t* nodes = phi + (int64_t(1) << (top + j)) - 1 + (r << j);
+#pragma GCC unroll 8
+    for (int i = 0; i < 1 << j; ++i)
+      v[i] = merge<T, kLog>(units, nodes[i], kLog ? root : reach[(1 << j) - 1 + i], v[2 * i], v[2 * i + 1]);
+  }
+  return v[0];
+}
+
+// Calls body(constant of d) for the depth of a tree that is shallower than kTail.
+template <class T, int kDepth = 1, class Body>
+FF_INLINE void with_depth(int depth, const Body& body) {
+  if constexpr (kDepth < kTail<T>) {
+    if (depth == kDepth)
+      body(std::integral_constant<int, kDepth>{});
+    else
+      with_depth<T, kDepth + 1>(depth, body);
+  }
+}
+
+template <class T>
+FF_INLINE T steepness_of(const RouteParams<T>& p) {
+  return p.steepness_value ? p.steepness * *p.steepness_value : p.steepness;
+}
+
+// Calls body(first sample, units) for every group.
+template <class T, bool kLog, class Body>
+FF_INLINE void each_group(const RouteParams<T>& p, bool sums, int64_t begin, int64_t end, const Body& body) {
+  Units<T> units(p.features, sums);
+  const T steepness = steepness_of(p);
+  for (int64_t group = begin; group < end; ++group) {
+    units.template read<kLog>(p, steepness, group * kLanes<T>);
+    body(group * kLanes<T>, units);
+  }
+}
+
+template <class T, bool kLog>
+void route_groups(const RouteParams<T>& p, int64_t begin, int64_t end) {
+  constexpr int W = kLanes<T>;
+  const int64_t leaves = int64_t(1) << p.depth, nodes = leaves - 1;
+  const Vector<T> root = broadcast<T>(kLog ? T(0) : T(1));
+  each_group<T, kLog>(p, false, begin, end, [&](int64_t first, const Units<T>& units) {
+    const Rows<T> rows(p.leaf, p.trees * leaves, p.samples, first);
+    if (p.depth < kTail<T>) {
+      // Several trees make a square.
+      with_depth<T>(p.depth, [&](auto depth) {
+        constexpr int L = 1 << depth;
+        for (int64_t t = 0; t < p.trees; t += W / L) {
+          const int some = int(p.trees - t < W / L ? p.trees - t : W / L);
+          Vector<T> leaf[W] = {};
+          for (int i = 0; i < some; ++i)
+            leaves_of<T, kLog, depth>(units, p.phi + (t + i) * nodes, 0, 0, root, leaf + i * L);
+          write_square<T>(rows, t * L, some * L, leaf);
+        }
+      });
+      return;
+    }
+    const int top = p.depth - kTail<T>;
+    for (int64_t t = 0; t < p.trees; ++t) {
+      const int32_t* phi = p.phi + t * nodes;
+      Path<T, kLog> path(top);
+      for (int64_t r = 0; r < int64_t(1) << top; ++r) {
+        path.go(units, phi, r);
+        Vector<T> leaf[W];
+        leaves_of<T, kLog, kTail<T>>(units, phi, top, r, path.reach[top], leaf);
+        write_square<T>(rows, t * leaves + r * W, W, leaf);
+      }
+    }
+  });
+}
+
+template <class T, bool kLog>
+void backward_groups(const RouteBackwardParams<T>& b, int64_t begin, int64_t end) {
+  constexpr int W = kLanes<T>;
+  const RouteParams<T>& p = b.forward;
+  const int64_t leaves = int64_t(1) << p.depth, nodes = leaves - 1;
+  const Vector<T> root = broadcast<T>(T(1));
+  const T steepness = steepness_of(p);
+  // Gradients need the probabilities themselves, of log probabilities too.
+  each_group<T, false>(p, true, begin, end, [&](int64_t first, const Units<T>& units) {
+    const Rows<const T> rows(b.grad_leaf, p.trees * leaves, p.samples, first);
+    if (p.depth < kTail<T>) {
+      with_depth<T>(p.depth, [&](auto depth) {
+        constexpr int L = 1 << depth;
+        for (int64_t t = 0; t < p.trees; t += W / L) {
+          const int some = int(p.trees - t < W / L ? p.trees - t : W / L);
+          Vector<T> v[W];
+          read_square<T>(rows, t * L, some * L, v);
+          for (int i = 0; i < some; ++i)
+            value_of<T, kLog, depth>(units, p.phi + (t + i) * nodes, 0, 0, root, v + i * L);
+        }
+      });
+    } else {
+      const int top = p.depth - kTail<T>;
+      for (int64_t t = 0; t < p.trees; ++t) {
+        const int32_t* phi = p.phi + t * nodes;
+        Path<T, false> path(top);
+        Vector<T> pending[kMaxDepth];  // values of left children that wait for their sibling, by their parent's level
+        for (int64_t r = 0; r < int64_t(1) << top; ++r) {
+          if (!kLog) path.go(units, phi, r);
+          Vector<T> v[W];
+          read_square<T>(rows, t * leaves + r * W, W, v);
+          Vector<T> value = value_of<T, kLog, kTail<T>>(units, phi, top, r, path.reach[top], v);
+          int level = top - 1;
+          for (int64_t q = r; level >= 0 && q & 1; --level) {
+            q >>= 1;
+            const int32_t unit = phi[(int64_t(1) << level) - 1 + q];
+            value = merge<T, kLog>(units, unit, path.reach[level], pending[level], value);
+          }
+          if (level >= 0) pending[level] = value;
+        }
+      }
+    }
+    units.write_sums(b, steepness, first);
+  });
+}
+
+template <class T>
+void route(const RouteParams<T>& p, int64_t begin, int64_t end) {
+  p.log ? route_groups<T, true>(p, begin, end) : route_groups<T, false>(p, begin, end);
+}
+template <class T>
+void route_backward(const RouteBackwardParams<T>& b, int64_t begin, int64_t end) {
+  b.forward.log ? backward_groups<T, true>(b, begin, end) : backward_groups<T, false>(b, begin, end);
+}
+
+}  // namespace
+
+template <class T>
+const RoutingCpu<T>& routing_cpu() {
+  static constexpr RoutingCpu<T> table{kLanes<T>, route<T>, route_backward<T>};
+  return table;
+}
+template const RoutingCpu<float>& routing_cpu<float>();
+template const RoutingCpu<double>& routing_cpu<double>();
+
+}  // namespace FF_ISA
+}  // namespace ff
