@@ -91,8 +91,8 @@ def synthetic_distributions(seed: int = 0, count: int = 1500, features: int = 20
         )
     x = np.stack([np.random.default_rng((seed, i)).standard_normal(features) for i in range(count)])
     scale = (classes - 1) / 2
-    first = scale * (1 + 0.8 * np.tanh(x[:, 0] + 0.6 * np.sin(2 * x[:, 1])))
-    second = scale * (1 - 0.8 * np.tanh(x[:, 2]))
+    first = scale * (1 + 0.8 * np.tanh(x[:, 0] + 2 * np.sin(2 * x[:, 1])))
+    second = scale * (1 - 0.8 * np.tanh(2 * np.abs(x[:, 2]) - 1.35))
     width = 0.5 + 0.5 / (1 + np.exp(-x[:, 3]))
     share = 1 / (1 + np.exp(-2 * x[:, 4] * np.sign(x[:, 0])))
     places = np.arange(classes)

@@ -256,7 +256,10 @@ def least_squares_update(gram: Tensor, cross: Tensor, *, ridge: float = 1e-6, si
     if not cross.numel() or not bool(gram.isfinite().all() & cross.isfinite().all()):
         raise ValueError(f"{name}: gram and cross must be finite and not empty, got {list(cross.shape)}")
     ridge = check_number(name, "ridge", ridge, least=0)
-    grams, crosses = gram.detach().reshape(-1, lead[-1], lead[-1]), cross.detach().reshape(-1, lead[-1], _width(cross, lead))
+    grams, crosses = (
+        gram.detach().reshape(-1, lead[-1], lead[-1]),
+        cross.detach().reshape(-1, lead[-1], _width(cross, lead)),
+    )
     solution = torch.stack([solve_least_squares(g, c, ridge) for g, c in zip(grams, crosses, strict=True)])
     if simplex:
         solution = project_simplex(solution)
@@ -293,9 +296,7 @@ def _leaves(name: str, label: str, value: object, like: Tensor | None = None) ->
     return value
 
 
-def _mixture(
-    name: str, weight: Tensor, leaves: Tensor, forest: bool
-) -> tuple[Tensor, Tensor, float, tuple[int, ...]]:
+def _mixture(name: str, weight: Tensor, leaves: Tensor, forest: bool) -> tuple[Tensor, Tensor, float, tuple[int, ...]]:
     """weight [N, T, L] and leaves [T, L, C] (forest: of one tree), the scale of the weights, and the trailing shape."""
     check_tensor(name, "weight", weight, "[N, T, L]")
     _leaves(name, "leaves", leaves, like=weight)

@@ -22,7 +22,9 @@ def _floored(yhat: Tensor, eps: float) -> Tensor:
 
 def _target(target: Tensor, yhat: Tensor, mask_threshold: float | None) -> tuple[Tensor, Tensor]:
     """The target beside yhat, and the classes that count."""
-    target = (target + (target - target)).reshape(*target.shape[:1], *[1] * (yhat.dim() - target.dim()), *target.shape[1:])
+    target = (target + (target - target)).reshape(
+        *target.shape[:1], *[1] * (yhat.dim() - target.dim()), *target.shape[1:]
+    )
     left_out = torch.zeros_like(target, dtype=torch.bool) if mask_threshold is None else target <= mask_threshold
     return target, ~left_out
 
