@@ -47,7 +47,8 @@ class LabelDistributionRecipe:
     update_every: steps between leaf updates, each of `iterations` bounding steps on `replay` rows.
     ramps: pieces into which a feature of many values is cut at its quantiles; 0 leaves it whole. binary_power: features
     of two values are divided by deviation ** binary_power: 1 is to standardise, 0 leaves rare ones small. min_count:
-    features of two values of which one is seen in fewer training rows are dropped.
+    features of two values of which one is seen in fewer training rows are dropped; member i takes min_count[i % len],
+    softmax regression the first.
     """
 
     hidden: int = 128
@@ -68,7 +69,7 @@ class LabelDistributionRecipe:
     replay: int = 2048
     ramps: int = 0
     binary_power: float = 1.0
-    min_count: int = 1
+    min_count: tuple[int, ...] = (1,)
 
 
 OF_SETS: dict[str, dict[str, Any]] = {
@@ -81,7 +82,8 @@ OF_SETS: dict[str, dict[str, Any]] = {
         "weight_decay": 3.0,
         "ramps": 10,
         "binary_power": 0.0,
-        "min_count": 10,
+        "members": 3,
+        "min_count": (10, 5, 10),
     },
 }
 """What differs by the set's name; chosen on a validation split of the training rows of the first fold."""
@@ -273,16 +275,22 @@ def cross_validate(
     decay = 0.0
     bar = report.Bar(given.name, parts)
     for part, (train, test) in enumerate(folds(len(given.features), parts, seed)):
-        prepared = Preparation(given.features[train], recipe.ramps, recipe.binary_power, recipe.min_count)
-        x, y = prepared(given.features[train]), given.labels[train]
+        x, y = given.features[train], given.labels[train]
+        rows, truth = given.features[test], given.labels[test]
+        prepared = {
+            least: Preparation(x, recipe.ramps, recipe.binary_power, least) for least in dict.fromkeys(recipe.min_count)
+        }
+        plain = prepared[recipe.min_count[0]]
         if part == 0:
             # Chosen once: on the first fold's training rows, as the settings of the forest were.
-            decay = choose_decay(x, y, seed)
-        forests = [train_forest(x, y, recipe, seed * 1000 + part * recipe.members + i) for i in range(recipe.members)]
-        rows, truth = prepared(given.features[test]), given.labels[test]
+            decay = choose_decay(plain(x), y, seed)
+        forests = []
+        for member in range(recipe.members):
+            own = prepared[recipe.min_count[member % len(recipe.min_count)]]
+            forests.append(train_forest(own(x), y, recipe, 1000 * seed + part * recipe.members + member)(own(rows)))
         predicted = (
-            torch.stack([forest(rows) for forest in forests]).mean(0),
-            softmax_regression(x, y, decay)(rows),
+            torch.stack(forests).mean(0),
+            softmax_regression(plain(x), y, decay)(plain(rows)),
             y.mean(0).expand_as(truth),
         )
         for model, pred in zip(MODELS, predicted, strict=True):
