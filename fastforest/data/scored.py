@@ -44,12 +44,12 @@ class ScoredFaces(NamedTuple):
 def face_score(points: np.ndarray) -> float:
     """The score that the drawn faces' annotators mean, in (1, 5), from 68 landmarks [68, 2]; similarities keep it.
 
-    3 + 2 tanh(z / 2), z = 0.7 smile - 0.5 asymmetry - 0.4 length, each in deviations from its mean over drawn faces.
-    smile: how far the corners of the mouth stand above its middle, over its width. asymmetry: |r - l| / (r + l), r and
-    l from the tip of the nose to the cheeks. length: from the eyes down to the chin, over the width at the ears.
+    3 + 2 tanh(z / 2), z = 0.7 mouth - 0.7 asymmetry - 0.3 length, each in deviations from its mean over drawn faces.
+    mouth: its height over its width. asymmetry: |r - l| / (r + l), r and l from the tip of the nose to the cheeks.
+    length: from the eyes down to the chin, over the width at the ears.
     """
-    smile, asymmetry, length = _ratios(points)
-    z = 0.7 * (smile - 0.073) / 0.070 - 0.5 * (asymmetry - 0.244) / 0.166 - 0.4 * (length - 0.852) / 0.077
+    mouth, asymmetry, length = _ratios(points)
+    z = 0.7 * (mouth - 0.393) / 0.147 - 0.7 * (asymmetry - 0.247) / 0.167 - 0.3 * (length - 0.852) / 0.078
     return 3 + 2 * math.tanh(z / 2)
 
 
@@ -121,14 +121,14 @@ def _annotated(points: np.ndarray, noise: np.ndarray) -> tuple[float, float, flo
 
 
 def _ratios(points: np.ndarray) -> tuple[float, float, float]:
-    """smile, asymmetry, length of `face_score`."""
+    """mouth, asymmetry, length of `face_score`."""
     eyes = np.stack([points[36:42].mean(axis=0), points[42:48].mean(axis=0)])
     across = (eyes[1] - eyes[0]) / math.dist(*eyes)
     down = np.array([-across[1], across[0]])
-    smile = ((points[62] + points[66] - points[48] - points[54]) / 2) @ down / math.dist(points[48], points[54])
+    mouth = math.dist(points[51], points[57]) / math.dist(points[48], points[54])
     right, left = (math.dist(points[30], points[cheek]) for cheek in (2, 14))
     length = (points[8] - eyes.mean(axis=0)) @ down / math.dist(points[0], points[16])
-    return float(smile), abs(right - left) / (right + left), float(length)
+    return mouth, abs(right - left) / (right + left), float(length)
 
 
 def _score(table: Path, line: int, cell: str) -> float:

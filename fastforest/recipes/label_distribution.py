@@ -53,7 +53,7 @@ class LabelDistributionRecipe:
 
     hidden: int = 128
     trees: int = 5
-    depth: int = 5
+    depth: int = 4
     units: int = 64
     objective: str = "per_tree"
     members: int = 2
@@ -73,8 +73,12 @@ class LabelDistributionRecipe:
 
 
 OF_SETS: dict[str, dict[str, Any]] = {
+    "SJAFFE": {"epochs": 200, "rate": 3e-3},
+    "FG-Net": {"epochs": 60, "rate": 3e-3, "weight_decay": 1.0, "hidden_dropout": 0.2},
+    "synthetic": {"epochs": 50, "hidden_dropout": 0.2, "dropout": 0.0, "weight_decay": 0.01},
     "Movie": {
         "hidden": 1024,
+        "depth": 5,
         "units": 128,
         "epochs": 12,
         "batch": 128,
@@ -86,7 +90,7 @@ OF_SETS: dict[str, dict[str, Any]] = {
         "min_count": (10, 5, 10),
     },
 }
-"""What differs by the set's name; chosen on a validation split of the training rows of the first fold."""
+"""What differs by the set's name; chosen on validation splits of the first fold's training rows."""
 
 
 class Preparation:

@@ -55,10 +55,10 @@ class ScoreRecipe:
     size: int = 64
     width: int = 12
     code: int = 32
-    half_period: int = 2
-    cycles: int = 3
+    half_period: int = 4
+    cycles: int = 2
     rate: float = 3e-3
-    batch: int = 64
+    batch: int = 32
     weight_decay: float = 0.05
     sigma: float = 0.15
     classes: int = 33
