@@ -116,7 +116,8 @@ def calibrate_linear(pred: Array, target: Array) -> tuple[float, float]:
 
     >>> import torch
     >>> x = torch.tensor([1.0, 2.0, 4.0])
-    >>> calibrate_linear(x, 0.5 * x + 2)
+    >>> k, b = calibrate_linear(x, 0.5 * x + 2)
+    >>> round(k, 9), round(b, 9)
     (0.5, 2.0)
     """
     x, y = _pair("calibrate_linear", pred, target)

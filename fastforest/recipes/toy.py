@@ -213,14 +213,16 @@ def run(out: Path, samples: int = 900, seed: int = 0) -> dict[str, Any]:
 
 
 def _convergence_picture(labels: Tensor, frames: list[dict[str, Any]]) -> np.ndarray:
-    figure = Figure(figsize=(3.1 * len(frames), 3.5), dpi=100, layout="constrained")
+    figure = Figure(figsize=(3.1 * len(frames), 3.4), dpi=100, layout="constrained")
     panels = figure.subplots(1, len(frames), sharex=True, sharey=True)
     for axes, frame in zip(panels, frames, strict=True):
-        _points(axes, labels, POINTS, None)
+        _points(axes, labels, POINTS, "label")
         _ellipses(axes, frame["mean"], frame["covariance"], GOOD, "leaf, 2 deviations")
         started = frame["iterations"] == 0
         name = "k-means++ start" if started else f"{frame['iterations']} iteration{'s' * (frame['iterations'] > 1)}"
         _panel(axes, f"{name}\nmean log likelihood {frame['log_likelihood']:.3f}", None)
+    handles, names = panels[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=2, frameon=False, fontsize=9, markerscale=1.5)
     return _rgb(figure)
 
 
@@ -261,7 +263,7 @@ def _failures_picture(
     return _rgb(figure)
 
 
-def _points(axes: Axes, points: Tensor, colour: str, label: str | None) -> None:
+def _points(axes: Axes, points: Tensor, colour: str, label: str) -> None:
     x, y = points.detach().double().numpy().T
     axes.plot(x, y, ".", color=colour, markersize=3.2, alpha=0.8, label=label)
 
