@@ -408,7 +408,7 @@ def _picture(results: dict[str, Result], test: data.ScoredFaces) -> np.ndarray:
     figure = Figure(figsize=(13, 7.4), dpi=100, layout="constrained")
     grid = figure.subplots(2, 4)
     panels = grid.ravel()
-    shown = torch.arange(len(test.first))[: min(len(test.first), 150)]
+    shown = torch.arange(len(test.first))[: min(len(test.first), 100)]
     for axes, (head, result) in zip(panels, results.items(), strict=False):
         _scatter(axes, head, result, test.first, shown)
     _calibration(panels[len(results)], results["Gaussian forest"], test)
@@ -447,7 +447,7 @@ def _square(axes: Axes, title: str, x: str, y: str) -> None:
     axes.set(xlim=(LOW, HIGH), ylim=(LOW, HIGH), xlabel=x, ylabel=y, aspect="equal")
     axes.set_title(title, fontsize=10, color=INK)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8, loc="upper left", handlelength=1.2)
+    axes.legend(framealpha=0.9, edgecolor="none", fontsize=8, loc="upper left", handlelength=1.2, borderpad=0.2)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
