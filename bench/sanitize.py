@@ -36,6 +36,15 @@ def main() -> None:
         for log in (False, True):
             units = torch.randn(samples, features, device=device, requires_grad=True)
             ff.route(units, phi if log else phi.int(), steepness, log=log).sum().backward()
+    for samples, trees, count, size in ((1, 1, 1, (1,)), (67, 2, 65, (3,)), (7, 3, 5, (11, 13))):
+        routed = torch.rand(samples, trees, count, device=device).softmax(-1).requires_grad_()
+        leaves = torch.rand(trees, count, *size, device=device, requires_grad=True)
+        target = torch.rand(samples, *size, device=device)
+        for forest in (False, True):
+            ff.categorical_log_prob(routed, leaves, forest=forest).sum().backward()
+            ff.categorical_kl_loss(routed, leaves, target, forest=forest).sum().backward()
+            ff.categorical_l2_loss(routed, leaves, target, forest=forest, mask_threshold=0.1).sum().backward()
+            ff.categorical_statistics(routed, leaves, target, forest=forest)
     torch.cuda.synchronize()
     print("every operator ran")
 

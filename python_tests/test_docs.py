@@ -26,7 +26,12 @@ def test_doctests(name):
 
 
 def test_the_operators_have_doctests():
-    for room in ("fastforest.ops.heatmap", "fastforest.ops.pool", "fastforest.ops.routing"):
+    for room in (
+        "fastforest.ops.categorical",
+        "fastforest.ops.heatmap",
+        "fastforest.ops.pool",
+        "fastforest.ops.routing",
+    ):
         assert doctest.testmod(importlib.import_module(room)).attempted > 0
 
 
@@ -47,7 +52,9 @@ def test_the_readme_is_complete():
 
 
 def test_every_public_operator_is_documented():
-    rooms = [importlib.import_module(f"fastforest.ops.{room}") for room in ("heatmap", "pool", "routing")]
+    rooms = [
+        importlib.import_module(f"fastforest.ops.{room}") for room in ("categorical", "heatmap", "pool", "routing")
+    ]
     readme = (Path(fastforest.__file__).parent.parent / "README.md").read_text()
     for room in rooms:
         for name in room.__all__:

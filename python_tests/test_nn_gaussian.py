@@ -60,7 +60,9 @@ def mixture(head: GaussianForest, features: torch.Tensor) -> torch.distributions
 def test_prediction_is_the_mixture_of_its_leaves() -> None:
     head, features, labels = started()
     expected, predicted = mixture(head, features), head.distribution(features)
-    torch.testing.assert_close(predicted.log_prob(labels).double(), expected.log_prob(labels.double()), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        predicted.log_prob(labels).double(), expected.log_prob(labels.double()), rtol=1e-4, atol=1e-4
+    )
     torch.testing.assert_close(predicted.mean.double(), expected.mean, rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(head(features), predicted.mean)
     variance = predicted.covariance.diagonal(dim1=-2, dim2=-1)
@@ -82,7 +84,7 @@ def test_samples_have_the_moments_and_the_entropy_bound_holds() -> None:
 
 
 def test_quantiles_invert_the_distribution_function() -> None:
-    head, features, labels = started()
+    head, features, _ = started()
     predicted, levels = head.distribution(features), torch.tensor([0.05, 0.5, 0.95])
     for dimension in range(D):
         values = predicted.quantile(levels, dimension)

@@ -24,9 +24,9 @@ def one_thread() -> Iterator[None]:
 
 
 def test_is_the_reference_over_a_linear_layer() -> None:
-    forest, features = SoftForest(6, 3, 4, units=20, steepness=1.7).double(), torch.randn(5, 6, dtype=torch.float64)
+    forest, features = SoftForest(6, 3, 4, units=20, steepness=1.75).double(), torch.randn(5, 6, dtype=torch.float64)
     units = features @ forest.weight.T + forest.bias
-    torch.testing.assert_close(forest(features), reference.route(units, forest.phi, 1.7), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(forest(features), reference.route(units, forest.phi, 1.75), rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(forest.log_prob(features).exp(), forest(features))
     torch.testing.assert_close(forest(features).sum(-1), torch.ones(5, 3, dtype=torch.float64))
 
@@ -91,8 +91,9 @@ def test_deep_and_hard_trees_stay_finite_in_log_space() -> None:
 def test_gradients_agree_with_finite_differences() -> None:
     forest = SoftForest(3, 2, 3, units=4).double()  # fewer units than nodes: shared
     features = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda f, w: torch.func.functional_call(forest, {"weight": w}, (f,)),
-                                    (features, forest.weight))
+    assert torch.autograd.gradcheck(
+        lambda f, w: torch.func.functional_call(forest, {"weight": w}, (f,)), (features, forest.weight)
+    )
 
 
 def test_autocast_empty_and_compiled() -> None:

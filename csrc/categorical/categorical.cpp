@@ -126,10 +126,8 @@ void run_leaves(const Mixture& m, CategoricalLeavesParams<T> params, const T* ta
     if (target && m.samples)
       check_cuda(m.op, categorical_sound_cuda(target, m.samples, m.classes, sound, scope.stream()));
     params.parts = categorical_parts_cuda(m.samples, m.trees, m.count, m.classes);
-    if (params.parts > 1) {
-      partial = new_empty(m.weight, {params.parts * size});
-      params.partial = partial.mutable_data_ptr<T>();
-    }
+    partial = new_empty(m.weight, {params.parts * size});
+    params.partial = partial.mutable_data_ptr<T>();
     return check_cuda(m.op, categorical_leaves_cuda(params, scope.stream()));
   }
 #endif

@@ -51,7 +51,7 @@ struct CategoricalLeavesParams {
   bool accumulate;       // add to out
   T sign;                // multiplies S
   int64_t parts;         // ranges of samples, summed in order
-  T* partial;            // [parts, T, L, C], null for one part
+  T* partial;            // [parts, T, L, C]; the CPU needs none for one part
   T* out;                // [T, L, C]
 };
 

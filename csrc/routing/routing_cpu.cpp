@@ -114,15 +114,45 @@ FF_INLINE DoubleVector log1p_unit(DoubleVector e) {
   return e;
 }
 
+// exp of x <= 0, half the steps of the general one (both after Cephes): 0 below the normal range, NaN stays.
+FF_INLINE FloatVector exp_down(FloatVector x) {
+  const FloatVector low = broadcast(-87.33654f), c = x < low ? low : x;
+  const FloatVector shifted = c * 1.44269504f + 12583039.f;  // 1.5 2^23 + 127: the low bits are the biased exponent
+  const FloatVector k = shifted - 12583039.f;
+  const FloatVector r = c - k * 0.693359375f - k * -2.12194440e-4f;
+  FloatVector p = broadcast(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.f;
+  const FloatVector e = p * (FloatVector)((IntVector)shifted << 23);
+  return x < low ? FloatVector{} : e;
+}
+FF_INLINE DoubleVector exp_down(DoubleVector x) { return exp(x); }
+
+// 1 / a of [1, 2], to 1 ulp.
+template <class V>
+FF_INLINE V reciprocal(V a) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<V, FloatVector>) {
+    const V r = (V)_mm512_maskz_rcp14_ps(0xffff, (__m512)a);
+    return r + r * (1.f - a * r);
+  }
+#endif
+  return 1 / a;
+}
+
 // As split and log_split of routing_math.h.
 template <class T>
 FF_INLINE Split<Vector<T>> split_lanes(Vector<T> x) {
-  const Vector<T> e = exp(x < T(0) ? x : -x), large = T(1) / (e + T(1)), small = e * large;
+  const Vector<T> e = exp_down(x < T(0) ? x : -x), large = reciprocal(e + T(1)), small = e * large;
   return {x < T(0) ? small : large, x < T(0) ? large : small};
 }
 template <class T>
 FF_INLINE Split<Vector<T>> log_split_lanes(Vector<T> x) {
-  const Vector<T> zero{}, t = log1p_unit(exp(x < T(0) ? x : -x));
+  const Vector<T> zero{}, t = log1p_unit(exp_down(x < T(0) ? x : -x));
   return {(x < T(0) ? x : zero) - t, (x > T(0) ? -x : zero) - t};
 }
 
@@ -220,34 +250,30 @@ FF_INLINE Vector<T> merge(const Units<T>& units, int32_t unit, Vector<T> reach, 
   return kLog ? log_node_value(left, right) : node_value(d, left, right);
 }
 
-// The value of subtree r from its leaves' gradients.
+// The value of subtree r from its leaves' gradients. One loop over its nodes, whose numbers are constants once
+// unrolled.
 template <class T, bool kLog, int kDepth>
 FF_INLINE Vector<T> value_of(const Units<T>& units, const int32_t* phi, int top, int64_t r, Vector<T> root,
-                             Vector<T>* v) {
-  constexpr int kLeaves = 1 << kDepth;
-  Vector<T> reach[kLeaves];  // of the nodes inside, breadth-first
+                             const Vector<T>* leaf) {
+  constexpr int kInner = (1 << kDepth) - 1;
+  const auto unit = [&](int n) __attribute__((always_inline)) {
+    const int level = 31 - __builtin_clz(n + 1);
+    return phi[(int64_t(1) << (top + level)) - 1 + (r << level) + n - ((1 << level) - 1)];
+  };
+  Vector<T> reach[kInner], value[2 * kInner + 1];
   reach[0] = root;
-  if constexpr (!kLog) {
-#pragma GCC unroll 4
-    for (int j = 0; j + 1 < kDepth; ++j) {
-      const int32_t* nodes = phi + (int64_t(1) << (top + j)) - 1 + (r << j);
 #pragma GCC unroll 8
-      for (int i = 0; i < 1 << j; ++i) {
-        const int n = (1 << j) - 1 + i;
-        const Split<Vector<T>> d = units.at(nodes[i]);
-        reach[2 * n + 1] = reach[n] * d.left;
-        reach[2 * n + 2] = reach[n] * d.right;
-      }
-    }
+  for (int n = 0; n < (kLog ? 0 : kInner / 2); ++n) {
+    const Split<Vector<T>> d = units.at(unit(n));
+    reach[2 * n + 1] = reach[n] * d.left;
+    reach[2 * n + 2] = reach[n] * d.right;
   }
-#pragma GCC unroll 4
-  for (int j = kDepth - 1; j >= 0; --j) {
-    const int32_t* nodes = phi + (int64_t(1) << (top + j)) - 1 + (r << j);
-#pragma GCC unroll 8
-    for (int i = 0; i < 1 << j; ++i)
-      v[i] = merge<T, kLog>(units, nodes[i], kLog ? root : reach[(1 << j) - 1 + i], v[2 * i], v[2 * i + 1]);
-  }
-  return v[0];
+#pragma GCC unroll 16
+  for (int i = 0; i <= kInner; ++i) value[kInner + i] = leaf[i];
+#pragma GCC unroll 16
+  for (int n = kInner - 1; n >= 0; --n)
+    value[n] = merge<T, kLog>(units, unit(n), kLog ? root : reach[n], value[2 * n + 1], value[2 * n + 2]);
+  return value[0];
 }
 
 // Calls body(constant of d) for the depth of a tree that is shallower than kTail.

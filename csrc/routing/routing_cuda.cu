@@ -9,8 +9,9 @@ namespace ff {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kSamples = 4;   // of a forward block: they share what is read of phi
-constexpr int kSubtrees = 2;  // that a thread of a forward block walks at most
+constexpr int kSamples = 4;    // of a forward block: they share what is read of phi
+constexpr int kSubtrees = 2;   // that a thread of a forward block walks at most
+constexpr int kFewNodes = 64;  // that a warp lists alone
 constexpr int kStatic = 48 * 1024;
 
 // The unit that a node reads, or -1 where phi is out of range.
@@ -111,28 +112,28 @@ __global__ void __launch_bounds__(kThreads) route_kernel(RouteParams<T> p, int64
 
 // Lists the nodes that read a unit, ascending: a block owns a unit, counts the nodes of smaller units, and appends its
 // own in order. phi is read twice by each block, from L2.
-template <class T>
-__global__ void __launch_bounds__(kThreads) route_lists_kernel(RouteBackwardParams<T> b, int64_t nodes) {
-  FF_SHARED(int, shared, kThreads / 32);
+template <class T, int kBlock>
+__global__ void __launch_bounds__(kBlock) route_lists_kernel(RouteBackwardParams<T> b, int64_t nodes) {
+  FF_SHARED(int, shared, kBlock / 32);
   const RouteParams<T>& p = b.forward;
   const int64_t unit = blockIdx.x;  // F: only the end of the last list
   int before = 0;
-  for (int64_t n = threadIdx.x; n < nodes; n += kThreads) {
+  for (int64_t n = threadIdx.x; n < nodes; n += kBlock) {
     const int64_t u = unit_of(p, n);
     before += u >= 0 && u < unit;
   }
-  int at = block_sum<kThreads>(before, shared);
+  int at = block_sum<kBlock>(before, shared);
   if (threadIdx.x == 0) b.start[unit] = at;
   if (unit == p.features) return;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  for (int64_t base = 0; base < nodes; base += kThreads) {
+  for (int64_t base = 0; base < nodes; base += kBlock) {
     const int64_t n = base + threadIdx.x;
     const bool mine = n < nodes && unit_of(p, n) == unit;
     const unsigned votes = __ballot_sync(0xffffffffu, mine);
     if (lane == 0) shared[warp] = __popc(votes);
     __syncthreads();
     int place = at;
-    for (int w = 0; w < kThreads / 32; ++w) {
+    for (int w = 0; w < kBlock / 32; ++w) {
       if (w < warp) place += shared[w];
       at += shared[w];
     }
@@ -242,8 +243,9 @@ int route_backward_cuda(const RouteBackwardParams<T>& b, CUstream_st* stream) {
   const RouteParams<T>& p = b.forward;
   const int64_t nodes = p.trees * ((int64_t(1) << p.depth) - 1);
   if (b.blocks >= int64_t(1) << 31) return cudaErrorInvalidConfiguration;
-  auto lists = route_lists_kernel<T>;
-  FF_LAUNCH(lists, dim3(unsigned(p.features + 1)), dim3(kThreads), 0, stream, b, nodes);
+  const int threads = nodes > kFewNodes ? kThreads : 32;
+  auto lists = nodes > kFewNodes ? route_lists_kernel<T, kThreads> : route_lists_kernel<T, 32>;
+  FF_LAUNCH(lists, dim3(unsigned(p.features + 1)), dim3(threads), 0, stream, b, nodes);
   const int error = cudaGetLastError();
   if (error != cudaSuccess) return error;
   auto kernel = p.log ? route_backward_kernel<T, true> : route_backward_kernel<T, false>;
@@ -270,7 +272,7 @@ const KernelListed listed[] = {
     {"routing_route<float, log>", route_kernel<float, true, true, 2>},
     {"routing_route<double>", route_kernel<double, false, true, 2>},
     {"routing_route_unstaged<float>", route_kernel<float, false, false, 2>},
-    {"routing_route_lists<float>", route_lists_kernel<float>},
+    {"routing_route_lists<float>", route_lists_kernel<float, kThreads>},
     {"routing_route_backward<float>", route_backward_kernel<float, false>},
     {"routing_route_backward<float, log>", route_backward_kernel<float, true>},
     {"routing_route_backward<double>", route_backward_kernel<double, false>},

@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from fastforest.nn._checks import check_integer, check_positive, paired
 from fastforest.ops import pool as ops_pool
+from fastforest.ops import routing as ops_routing
 
 __all__ = ["LeafPool"]
 
@@ -78,6 +79,7 @@ class LeafPool(nn.Module):
     centre: Tensor
     """[2], of the canvas, (x, y) in its pixels."""
     _steepness: Tensor
+    _phi: Tensor
     _statistics: Tensor | None
     _gram: Tensor | None
 
@@ -129,6 +131,7 @@ class LeafPool(nn.Module):
         if selection == "forest":
             place, key, bias = _forest_start(place, self.trees, self.depth, rank, spread)
             self.key_bias = nn.Parameter(bias)
+            self.register_buffer("_phi", torch.arange(len(bias)).view(self.trees, 2**self.depth - 1), persistent=False)
         else:
             key = _leaf_keys(place, rank)
         self.key = nn.Parameter(key)
@@ -158,11 +161,17 @@ class LeafPool(nn.Module):
         query = self._query(features)
         with torch.autocast(query.device.type, enabled=False):
             if self.selection == "forest":
-                units = self._steepness * (query @ self.key.T + self.key_bias)
-                return route(units, self.trees, self.depth)
+                return self._route(query @ self.key.T + self.key_bias)
             tau = self._precision * query[..., 2:3].exp()
             bent = torch.cat([tau * query[..., :2], -0.5 * tau, query[..., 3:]], dim=-1)
             return (self._steepness * (bent @ self.key.T)).softmax(dim=-1)
+
+    def _route(self, units: Tensor) -> Tensor:
+        """[B, P, T (2^D - 1)], a unit a node -> leaf probabilities [B, P, T 2^D], each tree weighted 1/T."""
+        if self.depth == 0:
+            return units.new_full((*units.shape[:2], self.trees), 1 / self.trees)
+        leaf = ops_routing.route(units.flatten(0, 1), self._phi, self._steepness)
+        return (leaf / self.trees).view(*units.shape[:2], self.leaves)
 
     def forward(self, features: Tensor) -> Tensor:
         """Expected points [B, P, 2], float32: canvas pixels, about the mean shape in residual mode."""
@@ -336,20 +345,6 @@ class LeafPool(nn.Module):
         if not bool(shape.isfinite().all()):
             raise ValueError("LeafPool: mean_shape must be finite, got NaN or inf")
         return shape
-
-
-def route(units: Tensor, trees: int, depth: int) -> Tensor:
-    """Leaf probabilities [..., T 2^D] of T soft trees, each tree weighted 1/T, in log space.
-
-    units: [..., T (2^D - 1)], already times the steepness; nodes of a tree breadth-first, sigmoid(unit) goes left.
-    """
-    units = units.unflatten(-1, (trees, 2**depth - 1))
-    left, right = functional.logsigmoid(units), functional.logsigmoid(-units)
-    log_prob = units.new_full((*units.shape[:-1], 1), -math.log(trees))
-    for level in range(depth):
-        nodes = slice(2**level - 1, 2 ** (level + 1) - 1)
-        log_prob = torch.stack([log_prob + left[..., nodes], log_prob + right[..., nodes]], dim=-1).flatten(-2)
-    return log_prob.exp().flatten(-2)
 
 
 def spread_points(count: int) -> Tensor:

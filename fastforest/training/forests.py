@@ -120,8 +120,8 @@ def fit_forest(
     for step in range(steps):
         if steepness is not None:
             head.steepness = anneal(annealing, *steepness, step / max(steps - 1, 1))
-        for parameters in optimizer.param_groups:
-            parameters["lr"] = rate * learning_rate_factor(schedule, step / steps)
+        for group in optimizer.param_groups:
+            group["lr"] = rate * learning_rate_factor(schedule, step / steps)
         chosen = next(order)
         run.history.loss.append(run.step(optimizer, chosen, posterior, augment, clip))
         if scheme == "alternating" and (step + 1) % update_every == 0:

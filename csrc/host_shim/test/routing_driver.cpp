@@ -130,8 +130,8 @@ int main() {
   for (const bool log : {false, true})
     for (const Case& c : {Case{1, 1, 1, 1, log, false, false, 0, 0}, Case{5, 3, 7, 1, log, true, true, 0, 1},
                           Case{4, 5, 3, 2, log, false, true, 0, 0}, Case{9, 13, 5, 6, log, true, false, 0, 1},
-                          Case{3, 2, 2, 10, log, true, false, 0, 0}, Case{2, 7, 1, 12, log, false, false, 0, 3},
-                          Case{3, 1601, 2, 3, log, true, true, 0, 0}, Case{5, 13000, 2, 3, log, false, true, 2, 1},
+                          Case{3, 2, 2, 10, log, true, false, 0, 0}, Case{2, 7, 1, 11, log, false, false, 0, 3},
+                          Case{3, 1601, 2, 3, log, true, true, 0, 0}, Case{3, 12400, 2, 3, log, false, true, 2, 1},
                           Case{3, 9, 3, 7, log, true, false, 1, 0}}) {
       Run<float> run(c);
     }
