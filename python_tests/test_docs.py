@@ -31,12 +31,13 @@ def test_the_operators_have_doctests():
         assert doctest.testmod(importlib.import_module(f"fastforest.ops.{room}")).attempted > 0
 
 
-def test_the_readme_example_runs():
+def test_the_readme_examples_run():
     readme = Path(fastforest.__file__).parent.parent / "README.md"
-    (example,) = re.findall(r"```python\n(.*?)```", readme.read_text(), re.S)
     scope: dict = {}
-    exec(example, scope)
+    for example in re.findall(r"```python\n(.*?)```", readme.read_text(), re.S):
+        exec(example, scope)
     assert scope["predicted"].shape == (8, 68, 2)
+    assert scope["age"].mean.shape == (64, 1)
 
 
 def test_the_readme_is_complete():

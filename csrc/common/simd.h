@@ -138,6 +138,53 @@ FF_INLINE Vector<T> pair_sums(Vector<T> a, Vector<T> b) {
 #undef FF_TAKE
 }
 
+// a0 b0 a1 b1 ...: the first vector of it, or the second.
+template <class T, bool kSecond>
+FF_INLINE Vector<T> interleave(Vector<T> a, Vector<T> b) {
+#if defined(__clang__)
+#define FF_TAKE(...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define FF_TAKE(...) __builtin_shuffle(a, b, typename VectorOf<T>::Int{__VA_ARGS__})
+#endif
+  if constexpr (kLanes<T> == 16) {
+    if constexpr (kSecond) return FF_TAKE(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+    return FF_TAKE(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  } else if constexpr (kLanes<T> == 8) {
+    if constexpr (kSecond) return FF_TAKE(4, 12, 5, 13, 6, 14, 7, 15);
+    return FF_TAKE(0, 8, 1, 9, 2, 10, 3, 11);
+  } else if constexpr (kLanes<T> == 4) {
+    if constexpr (kSecond) return FF_TAKE(2, 6, 3, 7);
+    return FF_TAKE(0, 4, 1, 5);
+  } else {
+    if constexpr (kSecond) return FF_TAKE(1, 3);
+    return FF_TAKE(0, 2);
+  }
+#undef FF_TAKE
+}
+
+template <class T>
+constexpr int kLogLanes = FF_VECTOR_BYTES / sizeof(T) == 16  ? 4
+                          : FF_VECTOR_BYTES / sizeof(T) == 8 ? 3
+                          : FF_VECTOR_BYTES / sizeof(T) == 4 ? 2
+                                                             : 1;
+
+// A square of vectors, transposed: interleaving the halves moves one bit of the row into the column.
+template <class T>
+FF_INLINE void transpose(Vector<T> (&a)[kLanes<T>]) {
+  constexpr int W = kLanes<T>;
+#pragma GCC unroll 4
+  for (int step = 0; step < kLogLanes<T>; ++step) {
+    Vector<T> b[W];
+#pragma GCC unroll 8
+    for (int i = 0; i < W / 2; ++i) {
+      b[2 * i] = interleave<T, false>(a[i], a[i + W / 2]);
+      b[2 * i + 1] = interleave<T, true>(a[i], a[i + W / 2]);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < W; ++i) a[i] = b[i];
+  }
+}
+
 // exp and log to 2 ulp over the whole range, with the limits of the standard functions (NaN, infinities, 0).
 // Cody-Waite reduction and a minimax polynomial; coefficients after Cephes (S. Moshier, expf and logf).
 FF_INLINE FloatVector exp(FloatVector x) {
@@ -199,6 +246,24 @@ FF_INLINE DoubleVector log(DoubleVector x) {
   for (int i = 0; i < kLanes<double>; ++i) x[i] = std::log(x[i]);
   return x;
 }
+
+// exp of x <= 0, half the steps of the general one (both after Cephes): 0 below the normal range, NaN stays.
+FF_INLINE FloatVector exp_down(FloatVector x) {
+  const FloatVector low = broadcast(-87.33654f), c = x < low ? low : x;
+  const FloatVector shifted = c * 1.44269504f + 12583039.f;  // 1.5 2^23 + 127: the low bits are the biased exponent
+  const FloatVector k = shifted - 12583039.f;
+  const FloatVector r = c - k * 0.693359375f - k * -2.12194440e-4f;
+  FloatVector p = broadcast(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.f;
+  const FloatVector e = p * (FloatVector)((IntVector)shifted << 23);
+  return x < low ? FloatVector{} : e;
+}
+FF_INLINE DoubleVector exp_down(DoubleVector x) { return exp(x); }
 
 }  // namespace FF_ISA
 }  // namespace ff

@@ -73,20 +73,24 @@ constexpr int kChunk = 512;      // samples over which a CPU task sums in regist
 constexpr int kCarefulDims = 6;  // up to here an ill-conditioned leaf is whitened in double
 constexpr int kMostTasks = 16;   // of a CPU reduction in either direction: sums repeat for any number of threads
 
-// How a CPU reduction is cut up: ranges of leaf groups times ranges of chunks, from the sizes alone.
+// Partial sums of one leaf: second moments [D4, D4] (lower triangle), first [D4], count; D4 is D, rounded up to fours.
+inline int64_t gaussian_rows(const GaussianSize& s) { return (int64_t(s.dims) + 3) / 4 * 4; }
+inline int64_t gaussian_moment_size(const GaussianSize& s) { return (gaussian_rows(s) + 1) * gaussian_rows(s) + 4; }
+
+// How a CPU reduction is cut up: ranges of leaf groups times ranges of chunks, from the sizes alone. By samples first,
+// since they are then read row by row, while the partial sums stay small.
 struct GaussianGrid {
   int64_t groups, chunks, leaf_ranges, sample_ranges;
   explicit GaussianGrid(const GaussianSize& s)
       : groups((s.leaves + kLeafGroup - 1) / kLeafGroup), chunks((s.samples + kChunk - 1) / kChunk) {
-    leaf_ranges = groups < kMostTasks ? groups : kMostTasks;
-    const int64_t wanted = leaf_ranges ? (kMostTasks + leaf_ranges - 1) / leaf_ranges : 0;
-    sample_ranges = chunks < wanted ? chunks : wanted;
+    const int64_t room = (int64_t(1) << 21) / (s.leaves * gaussian_moment_size(s) + 1) + 1;
+    sample_ranges = chunks < kMostTasks ? chunks : kMostTasks;
+    if (sample_ranges > room) sample_ranges = room;
+    leaf_ranges = 2 * sample_ranges >= kMostTasks ? 1 : (kMostTasks - 1) / (sample_ranges ? sample_ranges : 1) + 1;
+    if (leaf_ranges > groups) leaf_ranges = groups;
   }
   int64_t tasks() const { return leaf_ranges * sample_ranges; }
 };
-// Partial sums of one leaf: second moments [D4, D4] (lower triangle), first [D4], count; D4 is D, rounded up to fours.
-inline int64_t gaussian_rows(const GaussianSize& s) { return (int64_t(s.dims) + 3) / 4 * 4; }
-inline int64_t gaussian_moment_size(const GaussianSize& s) { return (gaussian_rows(s) + 1) * gaussian_rows(s) + 4; }
 
 // W of one leaf on the CPU: its blocks, a flag, and those of W^T (for gradients) or what rounding took from W (for
 // densities in few dimensions).

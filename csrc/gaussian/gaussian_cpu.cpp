@@ -57,37 +57,6 @@ struct Buffer {
   operator T*() const { return memory.get(); }
 };
 
-template <class T>
-FF_INLINE Vector<T> zip(Vector<T> a, Vector<T> b, bool upper) {
-  typename VectorOf<T>::Int lane{};
-#pragma GCC unroll 16
-  for (int i = 0; i < kLanes<T>; ++i) lane[i] = i / 2 + i % 2 * kLanes<T> + (upper ? kLanes<T> / 2 : 0);
-#if defined(__clang__)
-  Vector<T> v{};
-  for (int i = 0; i < kLanes<T>; ++i) v[i] = lane[i] < kLanes<T> ? a[lane[i]] : b[lane[i] - kLanes<T>];
-  return v;
-#else
-  return __builtin_shuffle(a, b, lane);
-#endif
-}
-
-// Rows become columns, in log2(lanes) rounds.
-template <class T>
-FF_INLINE void transpose(Vector<T> (&rows)[kLanes<T>]) {
-  constexpr int L = kLanes<T>;
-#pragma GCC unroll 4
-  for (int round = 1; round < L; round *= 2) {
-    Vector<T> next[L];
-#pragma GCC unroll 8
-    for (int i = 0; i < L / 2; ++i) {
-      next[2 * i] = zip<T>(rows[i], rows[i + L / 2], false);
-      next[2 * i + 1] = zip<T>(rows[i], rows[i + L / 2], true);
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < L; ++i) rows[i] = next[i];
-  }
-}
-
 // out[i] = sum over the lanes of v[i]
 template <class T, int kCount>
 FF_INLINE void sums(const Vector<T> (&v)[kCount], T* out) {
@@ -103,6 +72,20 @@ FF_INLINE void sums(const Vector<T> (&v)[kCount], T* out) {
 #pragma GCC unroll 8
       for (int i = 0; i < n; ++i) level[i] = pair_sums<T>(level[2 * i], level[2 * i + 1]);
     store(out + first, level[0]);
+  }
+}
+
+// out[i] += sum over the lanes of vector i of `count`, a multiple of 4.
+template <class T>
+FF_INLINE void add_sums(const T* vectors, int count, T* out) {
+  constexpr int L = kLanes<T>, kFour = L > kRows ? L : kRows;
+  for (int first = 0; first < count; first += kRows) {
+    Vector<T> v[kFour] = {};
+#pragma GCC unroll 4
+    for (int i = 0; i < kRows; ++i) v[i] = load(vectors + (first + i) * L);
+    alignas(64) T result[kFour];
+    sums<T>(v, result);
+    for (int i = 0; i < kRows; ++i) out[first + i] += result[i];
   }
 }
 
@@ -332,6 +315,8 @@ void log_prob(const GaussianLogProbParams<T>& p, int64_t begin, int64_t end) {
     const int leaves = int(std::min<int64_t>(kLeafGroup, K - first_leaf));
     const int samples = int(std::min<int64_t>(kPanel, p.size.samples - first_sample));
     const T* panel = p.x + first_sample * D;
+    // A group's part of a row is a line or two: asked for before the work, they are there when it is stored.
+    for (int n = 0; n < samples; ++n) __builtin_prefetch(p.log_prob + (first_sample + n) * K + first_leaf, 1);
     for (int strip = 0; strip < samples; strip += kStrip<T>)
       for (int l = 0; l < leaves; ++l) {
         const int64_t k = first_leaf + l;
@@ -405,13 +390,13 @@ void mixture(const GaussianMixtureParams<T>& p, bool roots, int64_t begin, int64
     const T shift = gaussian_shift(max_lane<T>(top)), scale = roots ? T(0.5) : T(1);
     Vector<T> total{};
     for (int64_t k = 0; k < whole; k += L) {
-      Vector<T> e = exp((load(row + k) - shift) * scale);
+      Vector<T> e = exp_down((load(row + k) - shift) * scale);
       if (roots) e = e < kNoRoot<T> ? Vector<T>{} : e;
       store(row + k, e);
       total += roots ? e * e : e;
     }
     if (rest) {
-      Vector<T> e = exp((load_partial(row + whole, rest, T(-INFINITY)) - shift) * scale);
+      Vector<T> e = exp_down((load_partial(row + whole, rest, T(-INFINITY)) - shift) * scale);
       if (roots) e = e < kNoRoot<T> ? Vector<T>{} : e;
       store_partial(row + whole, e, rest);
       total += roots ? e * e : e;
@@ -451,8 +436,9 @@ FF_INLINE void load_group(const T* values, int64_t K, int64_t first_leaf, int64_
     }
 }
 
-// out[i][j] += sum_n a_i b_j over whole vectors of samples; a, b [.][kRow]; out rows of `width`.
-template <class T>
+// out[i][j] += sum_n a_i b_j over whole vectors of samples; a, b [.][kRow]; out rows of `width`. kDiagonal: j <= i
+// alone.
+template <class T, bool kDiagonal>
 FF_INLINE void product_tile(const T* a, const T* b, int samples, T* out, int64_t width) {
   Vector<T> total[kRows * kColumns] = {};
   for (int n = 0; n < samples; n += kLanes<T>) {
@@ -463,7 +449,7 @@ FF_INLINE void product_tile(const T* a, const T* b, int samples, T* out, int64_t
     for (int j = 0; j < kColumns; ++j) {
       const Vector<T> right = load(b + j * kRow + n);
 #pragma GCC unroll 4
-      for (int i = 0; i < kRows; ++i) total[i * kColumns + j] += left[i] * right;
+      for (int i = kDiagonal ? j : 0; i < kRows; ++i) total[i * kColumns + j] += left[i] * right;
     }
   }
   alignas(64) T result[kRows * kColumns];
@@ -477,9 +463,16 @@ FF_INLINE void product_tile(const T* a, const T* b, int samples, T* out, int64_t
 // The lower triangle of sum_n a a'^T; a, b [rows][kRow], rows a multiple of 4.
 template <class T>
 FF_INLINE void product_triangle(const T* a, const T* b, int samples, int rows, T* out) {
-  for (int i = 0; i < rows; i += kRows)
-    for (int j = 0; j < i + kRows; j += kColumns)
-      product_tile(a + i * kRow, b + j * kRow, samples, out + int64_t(i) * rows + j, rows);
+  for (int i = 0; i < rows; i += kRows) {
+    const T* from = a + i * kRow;
+    T* to = out + int64_t(i) * rows;
+    int j = 0;
+    for (; j < i; j += kColumns) product_tile<T, false>(from, b + j * kRow, samples, to + j, rows);
+    if constexpr (kColumns == kRows)
+      product_tile<T, true>(from, b + j * kRow, samples, to + j, rows);
+    else
+      for (; j < i + kRows; j += kColumns) product_tile<T, false>(from, b + j * kRow, samples, to + j, rows);
+  }
 }
 
 // A task of the grid: a range of leaf groups and a range of chunks.
@@ -555,7 +548,7 @@ void backward(const GaussianBackwardParams<T>& p, int64_t begin, int64_t end) {
   const bool of_leaves = p.grad_mean || p.grad_scale_tril;
   const FlushSubnormals flush;
   alignas(64) T d[kMostDims * kStrip<T>];
-  Buffer<T> grads(kLeafGroup * kRow), z(int64_t(rows) * kRow), u(int64_t(rows) * kRow), sums_u(int64_t(D) * L);
+  Buffer<T> grads(kLeafGroup * kRow), z(int64_t(rows) * kRow), u(int64_t(rows) * kRow), sums_u(int64_t(rows) * L);
   std::fill(z + int64_t(D) * kRow, z + int64_t(rows) * kRow, T(0));
   std::fill(u + int64_t(D) * kRow, u + int64_t(rows) * kRow, T(0));
   for (int64_t index = begin; index < end; ++index) {
@@ -583,7 +576,7 @@ void backward(const GaussianBackwardParams<T>& p, int64_t begin, int64_t end) {
           });
           continue;
         }
-        std::fill(+sums_u, sums_u + int64_t(D) * L, T(0));
+        std::fill(+sums_u, sums_u + int64_t(rows) * L, T(0));
         // 1. z and u = g z of the chunk, and grad_x while u is in L1
         for (int n = 0; n < padded; n += kStrip<T>) {
           const int64_t panel = int64_t(n / kPanel) * kPanel * D + n % kPanel;
@@ -619,7 +612,7 @@ void backward(const GaussianBackwardParams<T>& p, int64_t begin, int64_t end) {
         Vector<T> total{};
         for (int n = 0; n < padded; n += L) total += load(grad + n);
         *count += sum<T>(total);
-        for (int i = 0; i < D; ++i) mean[i] += sum<T>(load(sums_u + i * L));
+        add_sums(+sums_u, rows, mean);
         if (p.grad_scale_tril) product_triangle<T>(u, z, padded, rows, second);
       }
     }
@@ -706,7 +699,8 @@ void statistics(const GaussianStatisticsParams<T>& p, int64_t begin, int64_t end
   const GaussianGrid grid(s);
   const int D = s.dims, rows = int(gaussian_rows(s));
   const FlushSubnormals flush;
-  Buffer<T> roots(kLeafGroup * kRow), scaled(int64_t(rows) * kRow), root(kChunk);
+  Buffer<T> roots(kLeafGroup * kRow), scaled(int64_t(rows) * kRow), root(kChunk), totals(int64_t(rows) * L);
+  std::fill(+totals, totals + int64_t(rows) * L, T(0));
   std::fill(scaled + int64_t(D) * kRow, scaled + int64_t(rows) * kRow, T(0));
   for (int64_t index = begin; index < end; ++index) {
     const Task task(grid, index);
@@ -749,8 +743,9 @@ void statistics(const GaussianStatisticsParams<T>& p, int64_t begin, int64_t end
               store(scaled + j * kRow + (v + i) * L, at);
               total[i] += at * q;
             }
-          of_mean[j] += sum<T>((total[0] + total[1]) + (total[2] + total[3]));
+          store(totals + j * L, (total[0] + total[1]) + (total[2] + total[3]));
         }
+        add_sums(+totals, rows, of_mean);
         // 3. the second moments
         product_triangle<T>(scaled, scaled, vectors * L, rows, second);
       }
