@@ -264,18 +264,26 @@ void mix(const CategoricalMixture<T>& m, const Tile& t, int64_t n0, int64_t samp
   T* slopes = s.slopes.data();
   product<T, V, false>(weight, row, 1, s.packed.data(), W, m.count, slopes, S, samples);
   if (t.tail) dots<T>(weight, row, m.count, s.packed_tail.data(), s.padded, samples, slopes + W, S);
-  // Rows of another tree lie between these: the next block's are asked for now.
-  const T* next = weight + samples * row;
-  const int64_t ahead = min(int64_t(kCategoricalBlock), m.samples - n0 - samples);
-  for (int64_t n = 0; n < ahead; ++n, next += row)
-    for (int64_t l = 0; l < m.count; l += 64 / int(sizeof(T))) __builtin_prefetch(next + l);
 }
 
-// Calls f(v, lanes) for the vectors of a tile.
+// Asks for the weights of a sample one block ahead: the rows of other trees lie between, out of the prefetcher's sight.
+template <class T>
+FF_INLINE void ask(const CategoricalMixture<T>& m, const Tile& t, int64_t n) {
+  if (n >= m.samples) return;
+  const T* next = m.weight + (n * m.trees + t.tree) * m.count;
+  for (int64_t l = 0; l < m.count; l += 64 / int(sizeof(T))) __builtin_prefetch(next + l);
+}
+
+// Calls f(v, lanes) for the vectors of a tile: all but the last are whole.
 template <class T, int V, class F>
 FF_INLINE void each_vector(const Tile& t, F f) {
 #pragma GCC unroll 4
-  for (int v = 0; v < V; ++v) f(v, t.rest - v * kLanes<T>);
+  for (int v = 0; v + 1 < V; ++v) f(v, kLanes<T>);
+  const int left = t.rest - (V - 1) * kLanes<T>;
+  if (left >= kLanes<T>)
+    f(V - 1, kLanes<T>);
+  else
+    f(V - 1, left);
   if (t.tail) f(V, t.tail);
 }
 
@@ -334,13 +342,15 @@ void rows_tile(const CategoricalRowsParams<T>& a, const Tile& t, int64_t begin, 
 
     const auto terms = [&](auto kind, auto with_loss) {
       const Vector<T> factor = broadcast<T>(a.sign * m.scale);
+      const T eps = m.eps, threshold = a.numerator.threshold;
       for (int64_t n = 0; n < samples; ++n) {
+        ask(m, t, n0 + n + kCategoricalBlock);
         const T* y = a.numerator.data + (n0 + n) * a.numerator.sample + tree * a.numerator.tree + first;
         Vector<T> loss{};
         each_vector<T, V>(t, [&](int v, int lanes) {
           T* at = slopes + n * S + v * L;
           const Terms<T> term =
-              class_terms<kind(), with_loss(), T>(load_some(y + v * L, lanes), load(at), m.eps, a.numerator.threshold);
+              class_terms<kind(), with_loss(), T>(load_some(y + v * L, lanes), load(at), eps, threshold);
           loss += term.loss;
           store_some(at, term.slope * factor, lanes);
         });
@@ -430,16 +440,17 @@ void leaves_tile(const CategoricalLeavesParams<T>& a, const Tile& t, int64_t beg
     const T* weight = m.weight + n0 * row + t.tree * m.count;
     mix<T, V>(m, t, n0, samples, s);
     Vector<T> total{};
+    const T eps = m.eps, threshold = a.numerator.threshold;
     with_kind(a.numerator.kind, [&](auto kind) {
       for (int64_t n = 0; n < samples; ++n) {
         const T* y = a.numerator.data + (n0 + n) * a.numerator.sample + t.tree * a.numerator.tree + t.first;
+        ask(m, t, n0 + n + kCategoricalBlock);
         const Vector<T> factor = broadcast<T>(a.factor ? a.factor[(n0 + n) * m.trees + t.tree] : T(1));
         each_vector<T, V>(t, [&](int v, int lanes) {
           T* at = slopes + n * S + v * L;
           const Vector<T> yhat = load(at);
           total += yhat;
-          const Terms<T> term =
-              class_terms<kind(), false, T>(load_some(y + v * L, lanes), yhat, m.eps, a.numerator.threshold);
+          const Terms<T> term = class_terms<kind(), false, T>(load_some(y + v * L, lanes), yhat, eps, threshold);
           store_some(at, term.slope * factor, lanes);
         });
       }
