@@ -99,8 +99,7 @@ void run_rows(const Mixture& m, CategoricalRowsParams<T> params) {
   Tensor transposed;
   if (params.grad_weight) {
     transposed = new_empty(m.leaves, {m.trees, m.classes, categorical_padded(m.count, kernels.lanes)});
-    const int64_t tiles =
-        ((m.classes + kernels.lanes - 1) / kernels.lanes * kernels.lanes + kernels.tile - 1) / kernels.tile;
+    const int64_t tiles = kernels.tiles(m.classes);
     T* out = transposed.mutable_data_ptr<T>();
     parallel_chunks(m.trees * tiles, 1,
                     [&](int64_t begin, int64_t end) { kernels.transpose(params.mixture, out, begin, end); });
@@ -135,8 +134,7 @@ void run_leaves(const Mixture& m, CategoricalLeavesParams<T> params, const T* ta
   if (target)
     parallel_chunks(m.samples, 512,
                     [&](int64_t begin, int64_t end) { kernels.sound(target, m.classes, sound, begin, end); });
-  const int64_t tiles =
-      ((m.classes + kernels.lanes - 1) / kernels.lanes * kernels.lanes + kernels.tile - 1) / kernels.tile;
+  const int64_t tiles = kernels.tiles(m.classes);
   const int64_t blocks = (m.samples + kCategoricalBlock - 1) / kCategoricalBlock;
   params.parts = std::clamp<int64_t>(32 / (m.trees * tiles), 1, std::max<int64_t>(1, blocks / 4));
   if (params.parts > 1) {

@@ -60,10 +60,10 @@ constexpr int kCategoricalBlock = 48;  // samples whose slopes stand in the cach
 // CPU kernels: ranges of work items, called in parallel. One table for each instruction set.
 template <class T>
 struct CategoricalCpu {
-  int lanes;                                                                                   // of a vector
-  int tile;                                                                                    // most classes of a tile
-  void (*transpose)(const CategoricalMixture<T>&, T* transposed, int64_t begin, int64_t end);  // (tree, tile) items
-  void (*rows)(const CategoricalRowsParams<T>&, int64_t samples, int64_t begin, int64_t end);  // (tree, range) items
+  int lanes;                                                                                    // of a vector
+  int64_t (*tiles)(int64_t classes);                                                            // tiles of the classes
+  void (*transpose)(const CategoricalMixture<T>&, T* transposed, int64_t begin, int64_t end);   // (tree, tile) items
+  void (*rows)(const CategoricalRowsParams<T>&, int64_t samples, int64_t begin, int64_t end);   // (tree, range) items
   void (*sound)(const T* target, int64_t classes, uint8_t* sound, int64_t begin, int64_t end);  // samples
   void (*leaves)(const CategoricalLeavesParams<T>&, int64_t begin, int64_t end);  // (part, tree, tile) items
   void (*sum)(const CategoricalLeavesParams<T>&, int64_t begin, int64_t end);     // rows (tree, leaf) of several parts

@@ -118,18 +118,13 @@ struct Run {
     };
     check(what, ff::categorical_rows_cuda(params(out, out_loss, out_grad, nullptr), nullptr));
     Array<T> transposed(c.trees * c.classes * ff::categorical_padded(c.leaves, cpu.lanes), T(9));
-    cpu.transpose(mixture, transposed.get(), 0, c.trees * tiles());
+    cpu.transpose(mixture, transposed.get(), 0, c.trees * cpu.tiles(c.classes));
     const int64_t range = 2 * ff::kCategoricalBlock;
     cpu.rows(params(expected, expected_loss, expected_grad, transposed.get()), range, 0,
              c.trees * ((c.samples + range - 1) / range));
     compare(what, expected, out);
     compare(what, expected_loss, out_loss);
     compare(what, expected_grad, out_grad);
-  }
-
-  int64_t tiles() const {
-    const int64_t vectors = (c.classes + cpu.lanes - 1) / cpu.lanes, wide = cpu.tile / cpu.lanes;
-    return (vectors + wide - 1) / wide;
   }
 
   void sums(const char* what, const ff::CategoricalNumerator<T>& numerator, bool by_factor, bool times_leaves,
@@ -145,7 +140,7 @@ struct Run {
     params.parts = 2;
     params.partial = cpu_partial.get();
     params.out = expected.get();
-    cpu.leaves(params, 0, 2 * c.trees * tiles());
+    cpu.leaves(params, 0, 2 * c.trees * cpu.tiles(c.classes));
     cpu.sum(params, 0, c.trees * c.leaves);
     compare(what, expected, out);
   }
