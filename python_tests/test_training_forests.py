@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -92,8 +93,56 @@ def test_routing_loss_is_least_at_the_posterior() -> None:
     other = torch.rand(N, 2, 8).softmax(-1)
     expected = (other * (other.log() - head.routing.log_prob(x))).sum(-1).mean()
     torch.testing.assert_close(head.routing_loss(x, other), expected)
+    hidden = torch.where(torch.arange(N)[:, None, None] % 2 == 0, other, 0.0)
+    torch.testing.assert_close(head.routing_loss(x, hidden), head.routing_loss(x[::2], other[::2]))
     with pytest.raises(ValueError, match=r"posterior must be \[240, 2, 8\], got \[240, 8\]"):
         head.routing_loss(x, other[:, 0])
+
+
+def test_a_given_optimizer_keeps_its_own_rates() -> None:
+    head, x, y = problem("gaussian")
+    rates = [1e-5, 0.5]
+    optimizer = torch.optim.SGD([{"params": [p], "lr": r} for p, r in zip(head.parameters(), rates, strict=True)])
+    for _ in range(2):
+        fit_forest(head, x, y, steps=2, batch=32, schedule="constant", optimizer=optimizer)
+    assert [group["lr"] for group in optimizer.param_groups] == rates
+
+
+def test_sequential_sees_augmented_labels() -> None:
+    losses = []
+    for shift in (0.0, 2.0):
+        head, x, y = problem("gaussian")
+        history = fit_forest(
+            head, x, y, scheme="sequential", steps=2, batch=32, augment=lambda f, l, _, s=shift: (f, l + s)
+        )
+        losses.append(history.loss)
+    assert losses[0] != losses[1]
+
+
+def test_landmarks_may_be_hidden_in_every_sample() -> None:
+    x, points = torch.randn(16, 6), torch.rand(16, 4, 2) * 11
+    weight = 1 - torch.eye(4).repeat(4, 1)
+    head = HeatmapForest(6, 4, (12, 12), sigma=1.0, trees=2, depth=2, units=8)
+    history = fit_forest(head, x, points, weight, steps=2, batch=8, update_every=2)
+    assert all(math.isfinite(loss) for loss in history.loss)
+    with pytest.raises(ValueError, match="weight must show every landmark"):
+        fit_forest(head, x, points, torch.tensor([1.0, 1.0, 1.0, 0.0]).expand(16, 4), steps=2)
+    with pytest.raises(ValueError, match="weight must be above 0 for at least one sample"):
+        fit_forest(head, x, points, torch.zeros(16, 4), steps=2)
+    with pytest.raises(ValueError, match="weight must be at least 0, got -1"):
+        head.loss(x, points, -torch.ones(16, 4))
+    with pytest.raises(ValueError, match="steepness must be two positive numbers"):
+        fit_forest(head, x, points, steepness=(1.0, 2.0, 3.0))
+
+
+def test_trees_of_a_forest_reseed_at_different_samples() -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(40, 4), torch.randn(40, 4) * 3
+    head = GaussianForest(4, 4, trees=2, depth=2, units=8, objective="forest", dead="reseed", min_count=30.0)
+    head.initialize(y)
+    head.accumulate(x, y)
+    assert head.update() == 8
+    assert len(head.mean.flatten(0, 1).unique(dim=0)) == 8
 
 
 def test_a_backbone_is_trained_below_the_head() -> None:

@@ -121,6 +121,7 @@ class LeafForest(nn.Module):
     def loss_sums(self, features: Tensor, labels: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(sum w R, sum w), whose quotient is `loss`."""
         labels, weight = self._checked(features, labels, weight)
+        self._check_weight(weight)
         if self._replay is not None and self.training:
             self._observe(features, labels, weight)
         log_prob = self.routing.log_prob(features)
@@ -131,6 +132,7 @@ class LeafForest(nn.Module):
     def accumulate(self, features: Tensor, labels: Tensor, weight: Tensor | None = None) -> None:
         """Adds the closed-form statistics of a batch; arguments as `loss`. Additive over batches until `update`."""
         labels, weight = self._checked(features, labels, weight)
+        self._check_weight(weight)
         self._add(self.routing.log_prob(features), labels, weight)
 
     @torch.no_grad()
@@ -194,7 +196,7 @@ class LeafForest(nn.Module):
                 f"{self.NAME}.routing_loss: posterior must be {list(log_prob.shape)}, got {list(posterior.shape)}"
             )
         rows = (torch.special.xlogy(posterior, posterior) - posterior * log_prob).sum(-1)
-        return rows.sum() / max(rows.numel(), 1)
+        return rows.sum() / (posterior.sum(-1) > 0).sum().clamp_min(1)
 
     @property
     def _sequential(self) -> bool:
@@ -212,6 +214,11 @@ class LeafForest(nn.Module):
         if self._since_update >= self.update_every:
             self._since_update = 0
             self.update()
+
+    def _check_weight(self, weight: Tensor) -> None:
+        looked_at = weight.device.type == "cpu" and not torch.compiler.is_compiling()
+        if looked_at and not bool((weight >= 0).all()):
+            raise ValueError(f"{self.NAME}: weight must be at least 0, got {float(weight.min()):g}")
 
     def _add(self, log_prob: Tensor, labels: Tensor, weight: Tensor) -> None:
         with torch.autocast(log_prob.device.type, enabled=False):

@@ -234,8 +234,14 @@ class GaussianForest(LeafForest):
         trees = range(self.trees) if tree is None else (tree,)
         parts = [slice(t * leaves, (t + 1) * leaves) for t in trees]
         fields = ("count", "first", "second", "mean", "scale_tril")
-        each = [whole._replace(**{name: getattr(whole, name)[part] for name in fields}) for part in parts]
-        return self._set([self._fit_of(s) for s in each], trees)
+        fits: list[Any] = []
+        taken = 0  # of the worst explained samples, by the trees before: each reseeded leaf gets another
+        for part in parts:
+            own = {name: getattr(whole, name)[part] for name in fields}
+            rest = {name: getattr(whole, name)[taken:] for name in ("worst", "worst_log_prob")}
+            fits.append(self._fit_of(whole._replace(**own, **rest)))
+            taken += fits[-1].dead
+        return self._set(fits, trees)
 
     def _fitted(self, statistics: Any, group: Any) -> Any:
         return self._fit_of(_summed(statistics, group))
@@ -327,6 +333,8 @@ class GaussianMixture:
 
     def cdf(self, value: Tensor, dimension: int = 0) -> Tensor:
         """P(y_d <= value) of each sample's marginal in a dimension; value and result [N] or [N, Q]."""
+        if value.dim() not in (1, 2):
+            raise ValueError(f"GaussianMixture.cdf: value must be [N] or [N, Q], got {list(value.shape)}")
         centre, deviation = self._marginal(dimension)
         z = (value[..., None] - centre) / deviation
         weight = self.weight if value.dim() == 1 else self.weight[:, None]
@@ -344,7 +352,7 @@ class GaussianMixture:
             [N], or [N, Q] for a tensor.
 
         Raises:
-            ValueError: q out of range.
+            ValueError: q or dimension out of range.
         """
         levels = torch.as_tensor(q, dtype=self.leaf_mean.dtype, device=self.leaf_mean.device)
         if levels.dim() > 1 or not bool(((levels > 0) & (levels < 1)).all()):
@@ -362,6 +370,10 @@ class GaussianMixture:
         return middle if levels.dim() else middle[:, 0]
 
     def _marginal(self, dimension: int) -> tuple[Tensor, Tensor]:
+        if not 0 <= dimension < self.leaf_mean.shape[1]:
+            raise ValueError(
+                f"GaussianMixture: dimension must be from 0 to {self.leaf_mean.shape[1] - 1}, got {dimension}"
+            )
         row = self.leaf_scale_tril[:, dimension]
         return self.leaf_mean[:, dimension], row.square().sum(-1).sqrt()
 

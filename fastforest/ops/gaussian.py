@@ -227,7 +227,7 @@ class GaussianStatistics(NamedTuple):
                 covariance, shared).
             floor: relative to the pooled variance of the labels per dimension, v_d: with v = diag(v_d), every Sigma' is at
                 least floor v (eigenvalues of v^-1/2 Sigma' v^-1/2 are raised to floor), so a Cholesky factor exists whatever
-                the rank; floor v_d is at least the square of the rounding of the labels' mean.
+                the rank; floor v_d is at least the square of the rounding of the labels' mean (of 1e-3, if that is less).
             min_count: a leaf of a smaller S0 is dead, above 0.
             dead: "keep": a dead leaf stays as it is; "reseed": it moves to a sample of lowest likelihood (each leaf to
                 another, while they last; the rest stay) with the pooled covariance. For "tied" a kept leaf gets the

@@ -77,7 +77,8 @@ def fit_forest(
         labels: [N, ...]; weight: as the head's loss takes it, or None.
         scheme: "alternating" or "sequential".
         backbone: features -> [n, in_features]; None: features are that. Trained with the head.
-        steps, batch, rate, weight_decay, schedule: of AdamW; see `learning_rate_factor`.
+        steps, batch, rate, weight_decay, schedule: of AdamW; see `learning_rate_factor`. Of a given optimizer the schedule
+            scales each group's own rate.
         update_every, iterations, leaf_samples: of the leaf updates; sequential: iterations of the last one, and four times
             as many of the first.
         steepness: (start, end) over the run, by `anneal` of kind `annealing`; None leaves it alone.
@@ -121,7 +122,7 @@ def fit_forest(
         if steepness is not None:
             head.steepness = anneal(annealing, *steepness, step / max(steps - 1, 1))
         for group in optimizer.param_groups:
-            group["lr"] = rate * learning_rate_factor(schedule, step / steps)
+            group["lr"] = group.setdefault("initial_lr", group["lr"]) * learning_rate_factor(schedule, step / steps)
         chosen = next(order)
         run.history.loss.append(run.step(optimizer, chosen, posterior, augment, clip))
         if scheme == "alternating" and (step + 1) % update_every == 0:
@@ -177,7 +178,11 @@ class _Run:
         if posterior is None:
             loss = self.head.loss(encoded, labels, None if self.weight is None else self.weight[chosen])
         else:
-            loss = self.head.routing_loss(encoded, posterior[chosen])
+            if augment is None:
+                target = posterior[chosen]
+            else:  # of the labels as they were changed
+                target = self.head.posterior(labels, None if self.weight is None else self.weight[chosen])
+            loss = self.head.routing_loss(encoded, target)
         if not bool(loss.isfinite()):
             raise TrainingError(
                 f"the loss is {float(loss.detach())}: lower the rate, or look for labels that are not finite"
@@ -218,9 +223,16 @@ class _Run:
         return torch.cat([self.backbone(part) for part in features.split(EVALUATED)])
 
     def _seen(self) -> Tensor:
-        """Labels of samples of which nothing is hidden."""
+        """Labels of samples of which something is visible; a hidden landmark is where it is in the mean."""
         assert self.weight is not None
-        return self.labels[(self.weight > 0).flatten(1).all(1)]
+        seen = self.weight > 0
+        if seen.dim() == 1:
+            return self.labels[seen]
+        if not bool(seen.any(0).all()):
+            raise ValueError("fit_forest: weight must show every landmark in at least one sample")
+        visible = torch.where(seen[..., None], self.labels, 0.0)
+        mean = visible.sum(0) / seen.sum(0)[:, None]
+        return torch.where(seen[..., None], self.labels, mean)[seen.any(1)]
 
     @contextlib.contextmanager
     def _evaluating(self) -> Iterator[None]:
@@ -255,7 +267,13 @@ def _check(
     for name, given in (("labels", labels), ("weight", weight)):
         if given is not None and len(given) != len(features):
             raise ValueError(f"fit_forest: {name} must be of {len(features)} samples, got {len(given)}")
-    if steepness is not None and not all(0 < value < math.inf for value in steepness):
+    if weight is not None and not bool((weight > 0).any()):
+        raise ValueError("fit_forest: weight must be above 0 for at least one sample, got none")
+    if steepness is not None and not (
+        isinstance(steepness, (tuple, list))
+        and len(steepness) == 2
+        and all(0 < value < math.inf for value in steepness)
+    ):
         raise ValueError(f"fit_forest: steepness must be two positive numbers, got {steepness!r}")
     _check_counts(**counts)
 
