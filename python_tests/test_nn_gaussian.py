@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -381,9 +382,12 @@ def test_compiles_with_its_backward_pass(objective: str) -> None:
 
 def test_two_ranks_give_the_update_of_one(tmp_path: Path) -> None:
     """Two processes with halves of the data, over gloo: the leaves of one process with all of it."""
+    root = str(Path(ranks.__file__).parents[1])  # a script's own folder, not the present one, is where it imports from
+    path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     runs = [
         subprocess.Popen(
             [sys.executable, ranks.__file__, str(tmp_path / "store"), str(rank), str(tmp_path / f"{rank}.pt")],
+            env=os.environ | {"PYTHONPATH": path},
             stderr=subprocess.PIPE,
             text=True,
         )
