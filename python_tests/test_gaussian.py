@@ -146,6 +146,13 @@ def test_contract_repeatable_over_many_tasks(operator: Operator, backend: str) -
     contract.check_agreement(operator, case, backend, torch.float32)
 
 
+def test_contract_statistics_piece_by_piece() -> None:
+    """More samples than the posterior of one piece holds."""
+    case = Case("pieces", mixture_inputs(9000, 300, 2))
+    contract.check_repeatable(STATISTICS, case, "cpu")
+    contract.check_agreement(STATISTICS, case, "cpu", torch.float32)
+
+
 @chosen
 def test_contract_rows_apart(operator: Operator, case: Case, backend: str) -> None:
     with contract.on(backend) as device:

@@ -133,7 +133,7 @@ void log_prob_cpu(const GaussianLogProbParams<T>& p) {
 
 // In pieces that stay in the cache between the densities and their log-sum-exp. `rows` [N, K] or null.
 template <class T>
-void mixture_cpu(const Given& g, const Prepared<T>& prepared, const T* log_weight, T* log_prob, T* rows, bool roots) {
+void mixture_cpu(const Given& g, const Prepared<T>& prepared, const T* log_weight, T* log_prob, T* rows) {
   const int64_t K = g.size.leaves, piece = std::max<int64_t>(1024, (1 << 20) / K / kPanel * kPanel);
   Tensor scratch = new_empty(g.x, {rows ? 0 : std::min(piece, g.size.samples), K});
   for (int64_t first = 0; first < g.size.samples; first += piece) {
@@ -142,7 +142,7 @@ void mixture_cpu(const Given& g, const Prepared<T>& prepared, const T* log_weigh
     T* to = rows ? rows + first * K : mutable_data<T>(scratch);
     log_prob_cpu<T>({size, prepared.leaves, prepared.x + first * size.dims, to});
     const GaussianMixtureParams<T> p{size, prepared.leaves, nullptr, log_weight + first * K, log_prob + first, to};
-    parallel_work(size.samples, 40.0 * K, [&](int64_t b, int64_t e) { table<T>().mixture(p, roots, b, e); });
+    parallel_work(size.samples, 40.0 * K, [&](int64_t b, int64_t e) { table<T>().mixture(p, false, b, e); });
   }
 }
 #endif
@@ -249,7 +249,7 @@ std::tuple<Tensor, Tensor> mixture(const Tensor& x, const Tensor& log_weight_in,
     }
 #endif
 #ifndef FF_HOST_SHIM
-    mixture_cpu<T>(g, prepared, data<T>(log_weight), mutable_data<T>(log_prob), rows, false);
+    mixture_cpu<T>(g, prepared, data<T>(log_weight), mutable_data<T>(log_prob), rows);
 #endif
   });
   return {log_prob, posterior};
@@ -271,12 +271,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> statistics(const Tensor& x, const Ten
   with_type(op, g.x, [&](auto type) {
     using T = decltype(type);
     const Prepared<T> prepared(op, g);
-    const Tensor posterior = new_output(g.x, {s.samples, s.leaves});
     GaussianStatisticsParams<T> p{s,
                                   prepared.leaves,
                                   prepared.x,
                                   data<T>(log_prob),
-                                  data<T>(posterior),
+                                  nullptr,
                                   mutable_data<T>(count),
                                   mutable_data<T>(first),
                                   mutable_data<T>(second),
@@ -284,6 +283,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> statistics(const Tensor& x, const Ten
 #ifdef FF_HAS_CUDA_LAUNCHERS
     if (on_cuda(g.x)) {
       const DeviceScope scope(g.x);
+      const Tensor posterior = new_output(g.x, {s.samples, s.leaves});
+      p.posterior = data<T>(posterior);
       const GaussianMixtureParams<T> m{
           s, prepared.leaves, prepared.x, data<T>(log_weight), mutable_data<T>(log_prob), mutable_data<T>(posterior)};
       check_cuda(op, gaussian_mixture_cuda(m, scope.stream()));
@@ -293,20 +294,35 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> statistics(const Tensor& x, const Ten
     }
 #endif
 #ifndef FF_HOST_SHIM
-    mixture_cpu<T>(g, prepared, data<T>(log_weight), mutable_data<T>(log_prob), mutable_data<T>(posterior), true);
-    // A sample that counts nothing must not reach the sums as 0 times NaN.
-    T* panels = mutable_data<T>(prepared.panels);
-    for (int64_t n = 0; n < s.samples; ++n) {
-      const T value = p.log_prob[n];
-      if (value - value != T(0))
-        for (int j = 0; j < s.dims; ++j) panels[(n / kPanel * s.dims + j) * kPanel + n % kPanel] = T(0);
-    }
-    const GaussianGrid grid(s);
-    const Tensor scratch = new_output(g.x, {grid.sample_ranges * s.leaves * gaussian_moment_size(s)});
-    p.scratch = mutable_data<T>(scratch);
+    // Piece by piece: a piece's posterior stays in the cache until its moments are taken.
     const double D = s.dims;
-    parallel_chunks(grid.tasks(), 1, [&](int64_t b, int64_t e) { table<T>().statistics(p, b, e); });
-    parallel_work(s.leaves, D * D * double(grid.sample_ranges + 2),
+    const int64_t piece = std::max<int64_t>(8, (1 << 20) / s.leaves / kChunk) * kChunk;
+    GaussianSize size = s;
+    size.samples = std::min(piece, s.samples);
+    const int64_t ranges = GaussianGrid(size).sample_ranges;
+    const Tensor posterior = new_output(g.x, {size.samples, s.leaves});
+    Tensor scratch = new_output(g.x, {ranges * s.leaves * gaussian_moment_size(s)});
+    torch::stable::zero_(scratch);
+    p.scratch = mutable_data<T>(scratch);
+    p.posterior = data<T>(posterior);
+    T* panels = mutable_data<T>(prepared.panels);
+    for (int64_t begin = 0; begin < s.samples; begin += piece) {
+      p.size.samples = std::min(piece, s.samples - begin);
+      p.x = panels + begin * s.dims;
+      T* log_probs = mutable_data<T>(log_prob) + begin;
+      const T* weights = data<T>(log_weight) + begin * s.leaves;
+      log_prob_cpu<T>({p.size, prepared.leaves, p.x, mutable_data<T>(posterior)});
+      const GaussianMixtureParams<T> m{p.size,  prepared.leaves, nullptr,
+                                       weights, log_probs,       mutable_data<T>(posterior)};
+      parallel_work(p.size.samples, 40.0 * s.leaves, [&](int64_t b, int64_t e) { table<T>().mixture(m, true, b, e); });
+      // A sample that counts nothing must not reach the sums as 0 times NaN.
+      for (int64_t n = begin; n < begin + p.size.samples; ++n)
+        if (p.log_prob[n] - p.log_prob[n] != T(0))
+          for (int j = 0; j < s.dims; ++j) panels[(n / kPanel * s.dims + j) * kPanel + n % kPanel] = T(0);
+      parallel_chunks(GaussianGrid(p.size).tasks(), 1, [&](int64_t b, int64_t e) { table<T>().statistics(p, b, e); });
+    }
+    p.size = size;
+    parallel_work(s.leaves, D * D * double(ranges + 2),
                   [&](int64_t b, int64_t e) { table<T>().statistics_leaves(p, b, e); });
 #endif
   });

@@ -115,7 +115,7 @@ struct GaussianCpu {
   // panels; leaves
   void (*backward_x)(const GaussianBackwardParams<T>&, int64_t begin, int64_t end);
   void (*backward_leaves)(const GaussianBackwardParams<T>&, int64_t begin, int64_t end);
-  // tasks of the grid; posterior holds roots; scratch: moments [sample_ranges, K, moment size]
+  // tasks of the grid; posterior holds roots; adds to scratch: moments [sample_ranges, K, moment size]
   void (*statistics)(const GaussianStatisticsParams<T>&, int64_t begin, int64_t end);
   // leaves
   void (*statistics_leaves)(const GaussianStatisticsParams<T>&, int64_t begin, int64_t end);

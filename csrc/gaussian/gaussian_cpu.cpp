@@ -705,8 +705,6 @@ void statistics(const GaussianStatisticsParams<T>& p, int64_t begin, int64_t end
   for (int64_t index = begin; index < end; ++index) {
     const Task task(grid, index);
     const int64_t first = task.first_group * kLeafGroup, last = std::min(s.leaves, task.last_group * kLeafGroup);
-    std::fill(moments_of(p.scratch, s, task.sample_range, first), moments_of(p.scratch, s, task.sample_range, last),
-              T(0));
     for (int64_t chunk = task.first_chunk; chunk < task.last_chunk; ++chunk) {
       const int64_t first_sample = chunk * kChunk;
       const int samples = int(std::min<int64_t>(kChunk, s.samples - first_sample));
