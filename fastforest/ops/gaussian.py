@@ -68,7 +68,7 @@ def gaussian_log_prob(x: Tensor, mean: Tensor, scale_tril: Tensor) -> Tensor:
         TypeError, ValueError: wrong type, dtype, shape or device, naming the argument; D above 256.
 
     Cost: N K (D^2 + 4 D) flops forward, 3 N K D^2 more for all gradients (z is computed again); memory [N, K].
-    Source: K. Murphy, Machine Learning, 2012, section 4.1; gradients in MATH of the triangular factor.
+    Source: K. Murphy, Machine Learning, 2012, section 4.1.
 
     >>> x, mean = torch.zeros(3, 2), torch.zeros(4, 2)
     >>> gaussian_log_prob(x, mean, torch.eye(2).repeat(4, 1, 1))[0, 0]
@@ -127,7 +127,8 @@ def gaussian_statistics(x: Tensor, log_weight: Tensor, mean: Tensor, scale_tril:
     Raises:
         TypeError, ValueError: as `gaussian_mixture_log_prob`.
 
-    Cost: N K (2 D^2 + 8 D) flops; memory O(N K + K D^2). Additive over batches and ranks while the leaves are fixed.
+    Cost: N K (2 D^2 + 8 D) flops; memory O(K D^2) and a few MB (CUDA: N K more).
+    Additive over batches and ranks while the leaves are fixed.
 
     >>> x = torch.tensor([[0.0], [2.0]])
     >>> s = gaussian_statistics(x, torch.zeros(2, 1), torch.tensor([[0.5]]), torch.ones(1, 1, 1))
