@@ -1,7 +1,6 @@
 """Gaussian leaves in plain PyTorch: the specification of `fastforest.ops.gaussian`. Dense and slow, any dtype.
 
 Shapes: x [N, D], mean [K, D], scale_tril [K, D, D] lower triangular L with covariance L L^T, log_weight [N, K].
-MATH.md, section 2.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Heatmaps in plain PyTorch: the specification of `fastforest.ops.heatmap`. Dense and slow, any dtype, differentiable.
 
-Shapes: heatmap [B, P, H, W], points [B, P, 2] as (x, y) in pixels, pixel centres at integers. MATH.md, section 5.
+Shapes: heatmap [B, P, H, W], points [B, P, 2] as (x, y) in pixels, pixel centres at integers.
 A map that holds NaN or +inf counts as NaN; -inf is a masked pixel; no map reaches another.
 """
 

@@ -27,7 +27,7 @@ def axis_target(centre: Tensor, sigma: float, truncate: float, size: int) -> tup
 
 
 def window_target(points: Tensor, sigma: float, truncate: float, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Target heatmaps y [B, P, H, W] (MATH: a Gaussian cut at the window, renormalised on the canvas) and the windows."""
+    """Target heatmaps y [B, P, H, W] (a Gaussian cut at the window, renormalised on the canvas) and the windows."""
     height, width = size
     gx, in_x = axis_target(points[..., 0], sigma, truncate, width)
     gy, in_y = axis_target(points[..., 1], sigma, truncate, height)

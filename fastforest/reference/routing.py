@@ -1,6 +1,6 @@
 """Routing in plain PyTorch: the specification of `fastforest.ops.routing`. Node by node, any dtype, differentiable.
 
-Shapes: units [N, F], phi [T, 2^D - 1], leaves [N, T, 2^D]. MATH.md, section 1.
+Shapes: units [N, F], phi [T, 2^D - 1], leaves [N, T, 2^D].
 """
 
 from __future__ import annotations
