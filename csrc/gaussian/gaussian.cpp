@@ -87,21 +87,22 @@ void parallel_work(int64_t items, double flops_an_item, const F& f) {
 }
 #endif
 
-// The leaves prepared, and on the CPU the samples in panels.
+// The leaves prepared, and on the CPU, where densities or moments read them, the samples in panels.
 template <class T>
 struct Prepared {
-  Tensor whiten, log_norm, panels;
+  Tensor whiten, log_norm, lanes, panels;
   GaussianLeaves<T> leaves;
-  const T* x;
+  const T* x;  // as densities read it
 
-  Prepared(const char* op, const Given& g, bool gradients = false)
+  Prepared(const char* op, const Given& g, bool gradients = false, bool moments = false)
       : whiten(new_output(g.x, {g.size.leaves, on_cuda(g.x) ? int64_t(g.size.dims) * g.size.dims
                                                             : gaussian_whiten_size(g.size.dims, gradients)})),
         log_norm(new_empty(g.x, {g.size.leaves})),
+        lanes(g.x),
         panels(g.x),
         leaves{data<T>(g.mean), data<T>(g.scale_tril), mutable_data<T>(whiten), mutable_data<T>(log_norm)},
         x(data<T>(g.x)) {
-    (void)gradients;
+    (void)gradients, (void)moments;
 #ifdef FF_HAS_CUDA_LAUNCHERS
     if (on_cuda(g.x)) {
       const DeviceScope scope(g.x);
@@ -112,13 +113,21 @@ struct Prepared {
 #ifndef FF_HOST_SHIM
     (void)op;
     const double D = g.size.dims;
+    const bool few = g.size.dims <= kFewDims;
+    if (few) {
+      lanes = new_empty(g.x,
+                        {(g.size.leaves + kLeafGroup - 1) / kLeafGroup, gaussian_lane_fields(g.size.dims), kLeafGroup});
+      torch::stable::zero_(lanes);
+      leaves.lanes = mutable_data<T>(lanes);
+    }
     parallel_work(g.size.leaves, D * D * D / 3,
                   [&](int64_t b, int64_t e) { table<T>().whiten(g.size, leaves, gradients, b, e); });
+    if (few && !moments) return;
     panels = new_empty(g.x, {panels_of(g.size), g.size.dims, kPanel});
     T* to = mutable_data<T>(panels);
     parallel_work(panels_of(g.size), 4 * D * kPanel,
                   [&](int64_t b, int64_t e) { table<T>().pack(g.size, data<T>(g.x), to, b, e); });
-    x = to;
+    if (!few) x = to;
 #endif
   }
 };
@@ -126,9 +135,13 @@ struct Prepared {
 #ifndef FF_HOST_SHIM
 template <class T>
 void log_prob_cpu(const GaussianLogProbParams<T>& p) {
-  const double D = p.size.dims, flops = (D * D + 4 * D + 8) * kPanel * kLeafGroup;
-  const int64_t tasks = panels_of(p.size) * ((p.size.leaves + kLeafGroup - 1) / kLeafGroup);
-  parallel_work(tasks, flops, [&](int64_t b, int64_t e) { table<T>().log_prob(p, b, e); });
+  const double D = p.size.dims, flops = (D * D + 4 * D + 8) * kPanel;
+  const int64_t groups = (p.size.leaves + kLeafGroup - 1) / kLeafGroup;
+  if (p.size.dims <= kFewDims)
+    return parallel_work(panels_of(p.size), flops * double(p.size.leaves),
+                         [&](int64_t b, int64_t e) { table<T>().log_prob(p, b, e); });
+  parallel_work(panels_of(p.size) * groups, flops * kLeafGroup,
+                [&](int64_t b, int64_t e) { table<T>().log_prob(p, b, e); });
 }
 
 // In pieces that stay in the cache between the densities and their log-sum-exp. `rows` [N, K] or null.
@@ -270,7 +283,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> statistics(const Tensor& x, const Ten
   }
   with_type(op, g.x, [&](auto type) {
     using T = decltype(type);
-    const Prepared<T> prepared(op, g);
+    const Prepared<T> prepared(op, g, false, true);
     GaussianStatisticsParams<T> p{s,
                                   prepared.leaves,
                                   prepared.x,
@@ -311,7 +324,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> statistics(const Tensor& x, const Ten
       p.x = panels + begin * s.dims;
       T* log_probs = mutable_data<T>(log_prob) + begin;
       const T* weights = data<T>(log_weight) + begin * s.leaves;
-      log_prob_cpu<T>({p.size, prepared.leaves, p.x, mutable_data<T>(posterior)});
+      log_prob_cpu<T>({p.size, prepared.leaves, prepared.x + begin * s.dims, mutable_data<T>(posterior)});
       const GaussianMixtureParams<T> m{p.size,  prepared.leaves, nullptr,
                                        weights, log_probs,       mutable_data<T>(posterior)};
       parallel_work(p.size.samples, 40.0 * s.leaves, [&](int64_t b, int64_t e) { table<T>().mixture(m, true, b, e); });
