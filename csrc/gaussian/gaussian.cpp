@@ -2,6 +2,7 @@
 #include "gaussian/gaussian.h"
 
 #include <algorithm>
+#include <cmath>
 
 #include "common/dispatch.h"
 #include "common/isa.h"
@@ -233,15 +234,32 @@ std::tuple<Tensor, Tensor> mixture(const Tensor& x, const Tensor& log_weight_in,
   return {log_prob, posterior};
 }
 
+#ifdef FF_HAS_CUDA_LAUNCHERS
+// t [N, K] times factor [N], in place.
+void scale_rows(const Tensor& t, const Tensor& factor) {
+  // aten::mul_.Tensor(Tensor(a!) self, Tensor other) -> Tensor(a!)
+  StableIValue stack[] = {torch::stable::detail::from(t),
+                          torch::stable::detail::from(torch::stable::unsqueeze(factor, 1))};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mul_", "Tensor", stack, TORCH_ABI_VERSION));
+  torch::stable::detail::to<Tensor>(stack[0]);  // takes the reference that was returned
+}
+#endif
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> statistics(const Tensor& x, const Tensor& log_weight_in, const Tensor& mean,
-                                                      const Tensor& scale_tril) {
+                                                      const Tensor& scale_tril, const OptionalTensor& weight_in) {
   const char* op = "gaussian_statistics";
   const Given g(op, x, mean, scale_tril);
   const Tensor log_weight = g.per_leaf(op, "log_weight", log_weight_in);
   const GaussianSize& s = g.size;
   FF_CHECK(s.leaves > 0, op, ": mean must have a leaf, got ", shape(mean));
   Tensor count = new_empty(g.x, {s.leaves}), first = new_empty(g.x, {s.leaves, s.dims});
-  Tensor second = new_empty(g.x, {s.leaves, s.dims, s.dims}), log_prob = new_empty(g.x, {s.samples});
+  Tensor second = new_empty(g.x, {s.leaves, s.dims, s.dims}), log_prob = new_empty(g.x, {s.samples}), weight;
+  if (weight_in) {
+    FF_CHECK(weight_in->dim() == 1 && weight_in->size(0) == s.samples, op, ": weight must be [", s.samples, "], got ",
+             shape(*weight_in));
+    check_like(op, "weight", *weight_in, g.x);
+    weight = torch::stable::contiguous(*weight_in);
+  }
   if (g.empty()) {
     for (Tensor* t : {&count, &first, &second}) torch::stable::zero_(*t);
     return {count, first, second, log_prob};
@@ -270,6 +288,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> statistics(const Tensor& x, const Ten
                                        log_prob.mutable_data_ptr<T>(),
                                        posterior.mutable_data_ptr<T>()};
       check_cuda(op, gaussian_mixture_cuda(m, scope.stream()));
+      if (weight_in) scale_rows(posterior, weight);
       const Tensor scratch = new_empty(g.x, {gaussian_statistics_scratch_cuda(s)});
       p.scratch = scratch.mutable_data_ptr<T>();
       return check_cuda(op, gaussian_statistics_cuda(p, scope.stream()));
@@ -287,7 +306,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> statistics(const Tensor& x, const Ten
     torch::stable::zero_(scratch);
     p.scratch = scratch.mutable_data_ptr<T>();
     p.posterior = posterior.const_data_ptr<T>();
-    T* panels = prepared.panels.mutable_data_ptr<T>();
+    T* panels = prepared.panels.template mutable_data_ptr<T>();
+    const T* counts = weight_in ? weight.const_data_ptr<T>() : nullptr;
+    for (int64_t n = 0; counts && n < s.samples; ++n)
+      FF_CHECK(counts[n] >= T(0) && counts[n] - counts[n] == T(0), op, ": weight must be finite and at least 0, got ",
+               counts[n], " in sample ", n);
     for (int64_t begin = 0; begin < s.samples; begin += piece) {
       p.size.samples = std::min(piece, s.samples - begin);
       p.x = panels + begin * s.dims;
@@ -296,7 +319,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> statistics(const Tensor& x, const Ten
       log_prob_cpu<T>({p.size, prepared.leaves, p.x, posterior.mutable_data_ptr<T>()});
       const GaussianMixtureParams<T> m{p.size,  prepared.leaves, nullptr,
                                        weights, log_probs,       posterior.mutable_data_ptr<T>()};
-      parallel_work(p.size.samples, 40.0 * s.leaves, [&](int64_t b, int64_t e) { table<T>().mixture(m, true, b, e); });
+      parallel_work(p.size.samples, 40.0 * s.leaves, [&](int64_t b, int64_t e) {
+        table<T>().mixture(m, true, b, e);
+        for (int64_t n = b; counts && n < e; ++n) {
+          const T root = std::sqrt(counts[begin + n]);
+          for (int64_t k = 0; k < s.leaves; ++k) m.posterior[n * s.leaves + k] *= root;
+        }
+      });
       // A sample that counts nothing must not reach the sums as 0 times NaN.
       for (int64_t n = begin; n < begin + p.size.samples; ++n)
         if (p.log_prob[n] - p.log_prob[n] != T(0))
@@ -320,7 +349,7 @@ FF_SCHEMAS(m) {
       "gaussian_mixture(Tensor x, Tensor log_weight, Tensor mean, Tensor scale_tril, bool needs_posterior) -> "
       "(Tensor, Tensor)");
   m.def(
-      "gaussian_statistics(Tensor x, Tensor log_weight, Tensor mean, Tensor scale_tril) -> "
+      "gaussian_statistics(Tensor x, Tensor log_weight, Tensor mean, Tensor scale_tril, Tensor? weight) -> "
       "(Tensor, Tensor, Tensor, Tensor)");
 }
 
