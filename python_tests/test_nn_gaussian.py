@@ -288,6 +288,29 @@ def test_hidden_labels_may_be_nan() -> None:
     assert head.loss(features, poisoned, torch.zeros(N)).item() == 0
 
 
+@pytest.mark.parametrize(("objective", "tree_update"), OBJECTIVES)
+def test_a_weight_counts_as_so_many_samples(objective: str, tree_update: str) -> None:
+    """In all three ways to the leaves, and a half is a half: it is the ratios that tell."""
+    times = torch.arange(N) % 3
+    for factor in (1.0, 0.5):
+        head, features, labels = started(
+            objective=objective, tree_update=tree_update, replay=2 * N, update_every=1000, iterations=1, min_count=1e-3
+        )
+        twin = copy.deepcopy(head)
+        rows = torch.arange(N).repeat_interleave(times)
+        weight = factor * times
+        for forest, given in ((head, (features, labels, weight)), (twin, (features[rows], labels[rows]))):
+            forest.accumulate(*given)
+            forest.update()
+            forest.loss(*given)
+            forest.update()
+            forest.fit_leaves(*given[1:], iterations=1)
+        torch.testing.assert_close(head.mean, twin.mean, rtol=1e-5, atol=1e-3)
+        torch.testing.assert_close(head.scale_tril, twin.scale_tril, rtol=1e-3, atol=1e-3)
+    with pytest.raises(ValueError, match="weight must be at least 0, got -1"):
+        head.fit_leaves(labels, -torch.ones(N))
+
+
 def test_a_far_outlier_leaves_the_loss_finite() -> None:
     head, features, labels = started()
     labels[0] = 1e6

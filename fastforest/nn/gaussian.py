@@ -44,7 +44,7 @@ class GaussianForest(LeafForest):
         trees, depth, units, steepness, seed: of the routing, see `SoftForest`. The seed also draws the clusters.
         covariance: "full", "diagonal", "spherical" (one variance a leaf) or "tied" (one covariance a tree).
         floor: least variance of a leaf relative to the labels', > 0.
-        min_count: a leaf with a smaller sum of responsibilities is dead, > 0.
+        min_count: a leaf with a smaller sum of weighted responsibilities is dead, > 0.
         dead: "keep" it, or "reseed" it at the worst explained samples.
         objective: "per_tree": the mean of the trees' negative log likelihoods; "forest": that of the mean of the trees.
         tree_update: "average" or "sequential", see `update`.
@@ -54,8 +54,7 @@ class GaussianForest(LeafForest):
         update_every, iterations: of the replay.
 
     `loss(features, labels, weight=None)`: negative log likelihood in nats; labels [N, D] as floats, weight [N]. In
-    `accumulate` and the replay a sample counts once or, with weight 0, not at all; one whose label is not finite does
-    not count.
+    `accumulate`, `fit_leaves` and the replay a sample counts weight times; one whose label is not finite does not count.
 
     Raises:
         ValueError: an argument out of range.
@@ -190,11 +189,12 @@ class GaussianForest(LeafForest):
     @torch.no_grad()
     def fit_leaves(self, labels: Tensor, weight: Tensor | None = None, iterations: int = 20, group: Any = None) -> int:
         labels, weight = self._checked_labels(labels, weight)
+        self._check_weight(weight)
         flat = self._counted(labels, weight)
         for _ in range(iterations):
             even = self._even(flat)
             statistics = [
-                ops_gaussian.gaussian_statistics(flat, even, mean, scale_tril)
+                ops_gaussian.gaussian_statistics(flat, even, mean, scale_tril, weight)
                 for mean, scale_tril in zip(self.mean, self.scale_tril, strict=True)
             ]
             self.dead_leaves = self._set([self._fitted(s, group) for s in statistics], range(self.trees))
@@ -221,9 +221,9 @@ class GaussianForest(LeafForest):
         labels = self._counted(labels, weight)
         if self.objective == "forest":
             joint = log_prob.flatten(1) - math.log(self.trees)
-            return [ops_gaussian.gaussian_statistics(labels, joint, *self._leaves())]
+            return [ops_gaussian.gaussian_statistics(labels, joint, *self._leaves(), weight)]
         return [
-            ops_gaussian.gaussian_statistics(labels, log_prob[:, tree], self.mean[tree], self.scale_tril[tree])
+            ops_gaussian.gaussian_statistics(labels, log_prob[:, tree], self.mean[tree], self.scale_tril[tree], weight)
             for tree in range(self.trees)
         ]
 
