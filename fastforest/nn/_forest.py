@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastforest.nn._checks import check_integer
+from fastforest.nn._precision import PreciseBuffers
 from fastforest.nn.routing import SoftForest
 from fastforest.ops._checks import check_choice
 
@@ -46,7 +47,7 @@ class Replay:
         return [column[: len(self)].to(device) for column in self._columns]
 
 
-class LeafForest(nn.Module):
+class LeafForest(PreciseBuffers):
     """Base of the layers whose leaves are learned in closed form, by `accumulate` and `update`.
 
     A subclass gives `_checked` (labels and weights), `_rows` (losses), `_statistics_of` (sums that add up over batches)

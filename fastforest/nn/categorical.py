@@ -30,6 +30,7 @@ CHUNK = 2**22  # cells of targets and mixtures that the statistics hold at a tim
 class _MapForest(LeafForest):
     """Trees over `leaves` [T, L, ...], read as M maps of C cells, each map of each leaf a distribution."""
 
+    PRECISE = ("leaves",)
     leaves: Tensor
 
     def __init__(

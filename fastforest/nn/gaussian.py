@@ -59,7 +59,8 @@ class GaussianForest(LeafForest):
     Raises:
         ValueError: an argument out of range.
 
-    Autocast: the routing's units alone may be bfloat16. torch.compile: `loss` and `forward` in one graph, with a
+    Autocast, and a layer in bfloat16 or float16: the routing's units alone are 16 bits, leaves and losses stay float32.
+    torch.compile: `loss` and `forward` in one graph, with a
     replay `loss` breaks the graph once. Deterministic if the operators are.
 
     >>> head = GaussianForest(16, 2, trees=3, depth=3)
@@ -72,6 +73,7 @@ class GaussianForest(LeafForest):
     """
 
     NAME = "GaussianForest"
+    PRECISE = ("mean", "scale_tril")
     mean: Tensor
     scale_tril: Tensor
 
