@@ -166,8 +166,9 @@ class GaussianStatistics(NamedTuple):
     """Sums over samples with responsibilities r, times their weights, and the means mu that they were taken about.
 
     count [K] = sum r; first [K, D] = sum r (x - mu); second [K, D, D] = sum r (x - mu)(x - mu)^T; log_likelihood: scalar,
-    sum of log p times the weights. mean, scale_tril: the leaves. worst [W, D], worst_log_prob [W]: the samples of lowest likelihood, at
-    most K, in ascending order (inf: there was no such sample). samples: scalar, how many counted, whatever their weights.
+    sum of log p times the weights. mean, scale_tril: the leaves. worst [W, D], worst_log_prob [W]: the samples of lowest
+    likelihood, at most K, in ascending order (inf: there was no such sample). samples: scalar, how many counted, whatever
+    their weights.
     """
 
     count: Tensor  # type: ignore[assignment]
