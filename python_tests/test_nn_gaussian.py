@@ -435,6 +435,8 @@ def test_two_ranks_give_the_update_of_one(tmp_path: Path) -> None:
         ({"min_count": -1.0}, "min_count must be a positive finite number"),
         ({"dead": "bury"}, "dead must be one of 'keep', 'reseed', got 'bury'"),
         ({"tree_update": "random"}, "tree_update must be one of 'average', 'sequential'"),
+        ({"trees": 0}, "GaussianForest: trees must be an integer of at least 1, got 0"),
+        ({"depth": 17}, "GaussianForest: depth must be an integer between 1 and 16, got 17"),
         ({"update_every": 0}, "update_every must be an integer of at least 1"),
         ({"replay": 0}, "replay must be an integer of at least 1"),
         ({"out_features": 257}, "out_features must be an integer between 1 and 256"),
@@ -443,6 +445,11 @@ def test_two_ranks_give_the_update_of_one(tmp_path: Path) -> None:
 def test_errors_say_what_is_wrong(changes: dict, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         GaussianForest(F, changes.pop("out_features", D), **changes)
+
+
+def test_an_option_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(TypeError, match="unexpected keyword argument 'tree'"):
+        GaussianForest(F, D, tree=3)  # type: ignore[call-arg]
 
 
 def test_labels_and_weights_of_another_shape() -> None:

@@ -8,23 +8,37 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from fastforest.nn._checks import check_integer, check_positive, paired
 from fastforest.nn._clusters import clusters, thinned, tree_order
-from fastforest.nn._forest import LeafForest
+from fastforest.nn._forest import ForestOptions, LeafForest
 from fastforest.nn._ranks import rows_of_ranks, sum_over_ranks
 from fastforest.nn.pool import spread_points
 from fastforest.ops import categorical as ops_categorical
 from fastforest.ops import heatmap as ops_heatmap
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 __all__ = ["HeatmapForest", "LabelDistribution", "LabelDistributionForest", "group_landmarks"]
 
 DAMPING = 1e-2  # of the least-squares update, relative to the mean diagonal of its gram
 CHUNK = 2**22  # cells of targets and mixtures that the statistics hold at a time
+
+
+class MapOptions(ForestOptions, total=False):
+    """What both layers of this file take by keyword; `_MapForest` and `LeafForest` have the defaults."""
+
+    loss: str
+    leaf_update: str | None
+    allow_mismatch: bool
+    mask_threshold: float | None
+    eps: float
+    floor: float
 
 
 class _MapForest(LeafForest):
@@ -36,18 +50,18 @@ class _MapForest(LeafForest):
     def __init__(
         self,
         in_features: int,
-        leaves: Tensor,
         maps: int,
         *,
-        loss: str,
-        leaf_update: str | None,
-        allow_mismatch: bool,
-        mask_threshold: float | None,
-        eps: float,
-        floor: float,
-        **forest: Any,
+        loss: str = "kl",
+        leaf_update: str | None = None,
+        allow_mismatch: bool = False,
+        mask_threshold: float | None = None,
+        eps: float = 1e-12,
+        floor: float = 1e-6,
+        seed: int = 0,
+        **forest: Unpack[ForestOptions],
     ) -> None:
-        super().__init__(in_features, **forest)
+        super().__init__(in_features, seed=seed, **forest)
         check_positive(self.NAME, "eps", eps)
         if not 0 <= floor < 1:
             raise ValueError(f"{self.NAME}: floor must be in [0, 1), got {floor!r}")
@@ -58,7 +72,6 @@ class _MapForest(LeafForest):
         self.leaf_update = paired(self.NAME, "loss", loss, leaf_update, allow_mismatch)
         self.loss_kind, self.mask_threshold, self.eps, self.floor = loss, mask_threshold, eps, floor
         self.maps = maps
-        self.register_buffer("leaves", leaves)
 
     @torch.no_grad()
     def posterior(self, labels: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -243,16 +256,17 @@ class LabelDistributionForest(_MapForest):
     Args:
         in_features: of the input.
         classes: C.
-        trees, depth, units, steepness, seed: of the routing, see `SoftForest`. The seed also draws the first leaves.
-        loss: "kl" (Kullback-Leibler divergence of the label to the prediction) or "l2" (squared distance).
+        trees (5), depth (6), units (128), steepness (1), seed: of the routing, see `SoftForest`. The seed also draws the
+            first leaves.
+        loss: "kl" (default: Kullback-Leibler divergence of the label to the prediction) or "l2" (squared distance).
         leaf_update: "bounding" (never increases KL) or "least_squares" (never increases L2); None: the loss's own.
         allow_mismatch: lets the two be paired crosswise.
         mask_threshold: the loss, and bounding, count only where the label exceeds it; None: everywhere.
-        objective: of each "per_tree", mean over trees, or of the "forest"'s mean prediction.
-        tree_update: "average" or "sequential", see `update`.
+        objective: of each tree, mean over trees ("per_tree", the default), or of the "forest"'s mean prediction.
+        tree_update: "average" (default) or "sequential", see `update`.
         update_every, iterations, replay: as `GaussianForest`; least squares are solved in one iteration.
-        eps: floor of the prediction in the logarithm.
-        floor: share of every leaf that is even over the classes, so that a class that one update did not see can
+        eps (1e-12): floor of the prediction in the logarithm.
+        floor (1e-6): share of every leaf that is even over the classes, so that a class that one update did not see can
             return; it may raise the loss by as little.
 
     Labels: class indices [N] (int), or distributions [N, C] (float, rows sum to 1). weight [N].
@@ -274,48 +288,15 @@ class LabelDistributionForest(_MapForest):
         in_features: int,
         classes: int,
         *,
-        trees: int = 5,
-        depth: int = 6,
-        units: int = 128,
-        steepness: float = 1.0,
-        loss: str = "kl",
-        leaf_update: str | None = None,
-        allow_mismatch: bool = False,
-        mask_threshold: float | None = None,
-        objective: str = "per_tree",
-        tree_update: str = "average",
-        update_every: int = 50,
-        iterations: int = 20,
-        replay: int | None = None,
-        eps: float = 1e-12,
-        floor: float = 1e-6,
         seed: int = 0,
+        **options: Unpack[MapOptions],
     ) -> None:
         check_integer(self.NAME, "classes", classes, 1)
-        _check_forest(self.NAME, trees, depth, seed)
-        start = torch.randn(trees, 2**depth, classes, generator=torch.Generator().manual_seed(seed))
-        super().__init__(
-            in_features,
-            start.softmax(-1),
-            1,
-            loss=loss,
-            leaf_update=leaf_update,
-            allow_mismatch=allow_mismatch,
-            mask_threshold=mask_threshold,
-            eps=eps,
-            floor=floor,
-            trees=trees,
-            depth=depth,
-            units=units,
-            steepness=steepness,
-            objective=objective,
-            tree_update=tree_update,
-            update_every=update_every,
-            iterations=iterations,
-            replay=replay,
-            seed=seed,
-        )
+        super().__init__(in_features, 1, seed=seed, **options)
         self.classes = classes
+        generator = torch.Generator().manual_seed(seed)
+        start = torch.randn(self.trees, self.routing.leaves, classes, generator=generator)
+        self.register_buffer("leaves", start.softmax(-1))
 
     def forward(self, features: Tensor) -> Tensor:
         """Predicted distribution [N, C], float32 (float64 for a layer of that dtype)."""
@@ -396,16 +377,24 @@ class _LandmarkTrees(_MapForest):
     NAME = "HeatmapForest"
 
     def __init__(
-        self, in_features: int, landmarks: int, size: tuple[int, int], sigma: float, truncate: float, **rest: Any
-    ):
-        trees, depth = rest["trees"], rest["depth"]
-        leaf_sigma = max(sigma, 0.5 * math.sqrt(size[0] * size[1] / 2**depth))
-        half = torch.tensor([size[1] / 2, size[0] / 2])
-        place = (spread_points(trees * 2**depth) + 1) * half - 0.5
-        place = torch.stack([cells[tree_order(cells)] for cells in place.view(trees, -1, 2)])
-        maps = ops_heatmap.render_gaussian(place, leaf_sigma, size, normalize="sum")
-        super().__init__(in_features, maps[:, :, None].repeat(1, 1, landmarks, 1, 1), landmarks, **rest)
+        self,
+        in_features: int,
+        landmarks: int,
+        size: tuple[int, int],
+        sigma: float,
+        truncate: float,
+        seed: int,
+        **options: Unpack[MapOptions],
+    ) -> None:
+        super().__init__(in_features, landmarks, seed=seed, **options)
         self.size, self.sigma, self.truncate = size, sigma, truncate
+        leaves = self.routing.leaves
+        leaf_sigma = max(sigma, 0.5 * math.sqrt(size[0] * size[1] / leaves))
+        half = torch.tensor([size[1] / 2, size[0] / 2])
+        place = (spread_points(self.trees * leaves) + 1) * half - 0.5
+        place = torch.stack([cells[tree_order(cells)] for cells in place.view(self.trees, -1, 2)])
+        maps = ops_heatmap.render_gaussian(place, leaf_sigma, size, normalize="sum")
+        self.register_buffer("leaves", maps[:, :, None].repeat(1, 1, landmarks, 1, 1))
 
     def leaf_points(self) -> Tensor:
         """Expected points of the leaves [T, L, P, 2]."""
@@ -491,22 +480,8 @@ class HeatmapForest(nn.Module):
         groups: Tensor | Sequence[int] | Sequence[Sequence[int]] | None = None,
         sigma: float = 1.5,
         truncate: float = 3.0,
-        trees: int = 5,
-        depth: int = 6,
-        units: int = 128,
-        steepness: float = 1.0,
-        loss: str = "kl",
-        leaf_update: str | None = None,
-        allow_mismatch: bool = False,
-        mask_threshold: float | None = None,
-        objective: str = "per_tree",
-        tree_update: str = "average",
-        update_every: int = 50,
-        iterations: int = 20,
-        replay: int | None = None,
-        eps: float = 1e-12,
-        floor: float = 1e-6,
         seed: int = 0,
+        **options: Unpack[MapOptions],
     ) -> None:
         super().__init__()
         check_integer("HeatmapForest", "landmarks", landmarks, 1)
@@ -514,7 +489,6 @@ class HeatmapForest(nn.Module):
             raise ValueError(f"HeatmapForest: size must be (H, W), both at least 1, got {size!r}")
         check_positive("HeatmapForest", "sigma", sigma)
         check_positive("HeatmapForest", "truncate", truncate)
-        _check_forest("HeatmapForest", trees, depth, seed)
         self.in_features, self.landmarks, self.size = in_features, landmarks, (int(size[0]), int(size[1]))
         members = _members(groups, landmarks)
         self.groups: Any = nn.ModuleList(
@@ -524,22 +498,8 @@ class HeatmapForest(nn.Module):
                 self.size,
                 float(sigma),
                 float(truncate),
-                loss=loss,
-                leaf_update=leaf_update,
-                allow_mismatch=allow_mismatch,
-                mask_threshold=mask_threshold,
-                eps=eps,
-                floor=floor,
-                trees=trees,
-                depth=depth,
-                units=units,
-                steepness=steepness,
-                objective=objective,
-                tree_update=tree_update,
-                update_every=update_every,
-                iterations=iterations,
-                replay=replay,
-                seed=seed + index,
+                seed + index,
+                **options,
             )
             for index, member in enumerate(members)
         )
@@ -727,13 +687,6 @@ def _members(groups: Any, landmarks: int) -> list[Tensor]:
             f"{[m.tolist() for m in members]}"
         )
     return members
-
-
-def _check_forest(layer: str, trees: int, depth: int, seed: int) -> None:
-    """What the first leaves are drawn by, before the routing checks it."""
-    check_integer(layer, "trees", trees, 1)
-    check_integer(layer, "depth", depth, 1, 16)
-    check_integer(layer, "seed", seed, 0)
 
 
 def _by_map(leaves: Tensor) -> Tensor:
