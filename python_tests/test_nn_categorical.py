@@ -88,6 +88,36 @@ def test_classes_and_one_hot_distributions_are_the_same_labels() -> None:
         head.loss(x[:2], torch.tensor([0, 5]))
 
 
+@pytest.mark.parametrize("method", ["loss", "accumulate", "initialize", "fit_leaves"])
+def test_labels_that_are_no_distributions_are_told(method: str) -> None:
+    head, x, sound = label_head(), features(), distributions()
+
+    def call(labels: torch.Tensor, *weight: torch.Tensor) -> None:
+        getattr(head, method)(*((x,) if method in ("loss", "accumulate") else ()), labels, *weight)
+
+    for values, words in (
+        ((0.2, 0.2, 0.2, 0.2, 0.198), "of sum 1 to 0.001; got a sum of 0.998, least 0.198 in row 7, the worst of 1"),
+        ((0.7, 0.4, -0.1, 0.0, 0.0), "at least 0, .*got a sum of 1, least -0.1 in row 7"),
+        ((0.5, 0.5, torch.nan, 0.0, 0.0), "finite, .*got NaN or inf in row 7"),
+        ((0.5, 0.5, torch.inf, 0.0, 0.0), "finite, .*got NaN or inf in row 7"),
+    ):
+        labels = sound.clone()
+        labels[7] = torch.tensor(values)
+        with pytest.raises(
+            ValueError, match="LabelDistributionForest: rows of labels must be distributions: .*" + words
+        ):
+            call(labels)
+        if method != "initialize":
+            hidden = torch.ones(N)
+            hidden[7] = 0
+            call(labels, hidden)
+    labels[3] *= 2
+    with pytest.raises(ValueError, match="got NaN or inf in row 7, the worst of 2"):
+        call(labels)
+    for near in (sound * 1.0009, sound.bfloat16(), sound.half(), sound.double()):
+        call(near)
+
+
 @pytest.mark.parametrize(("objective", "tree_update"), OBJECTIVES)
 @pytest.mark.parametrize("kind", ["labels", "heatmaps"])
 @pytest.mark.parametrize("loss", PAIRS)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fastforest.nn._checks import check_integer, check_positive, paired
+from fastforest.nn._checks import check_integer, check_positive, looked_at, paired
 from fastforest.nn._clusters import clusters, thinned, tree_order
 from fastforest.nn._forest import ForestOptions, LeafForest
 from fastforest.nn._ranks import rows_of_ranks, sum_over_ranks
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["HeatmapForest", "LabelDistribution", "LabelDistributionForest", "group_landmarks"]
 
 DAMPING = 1e-2  # of the least-squares update, relative to the mean diagonal of its gram
+ROUNDED = 1e-3  # by how much the sum of a label's distribution may differ from 1
 CHUNK = 2**22  # cells of targets and mixtures that the statistics hold at a time
 
 
@@ -269,10 +270,14 @@ class LabelDistributionForest(_MapForest):
         floor (1e-6): share of every leaf that is even over the classes, so that a class that one update did not see can
             return; it may raise the loss by as little.
 
-    Labels: class indices [N] (int), or distributions [N, C] (float, rows sum to 1). weight [N].
+    Labels: class indices [N] (int), or distributions [N, C] (float): finite, at least 0, rows of sum 1 to 1e-3 (bfloat16:
+    to its rounding), but for rows of weight 0. weight [N]. Indices and rows are checked on the CPU. CUDA never waits to
+    look: there an index out of range is a row of zeros, and a row that is no distribution counts as it is, or, if it
+    holds NaN or infinity, has a loss of NaN and no part in the leaves.
 
     Raises:
-        ValueError: an argument out of range, or a pairing that does not belong together.
+        ValueError: an argument out of range, or a pairing that does not belong together; on the CPU, labels that are
+            none, naming the worst row.
 
     >>> head = LabelDistributionForest(16, 5, trees=3, depth=3)
     >>> features, labels = torch.randn(10, 16), torch.randint(5, (10,))
@@ -312,14 +317,14 @@ class LabelDistributionForest(_MapForest):
         """Leaves from clusters of the labels (k-means++, seeded apart for every tree, in tree order).
 
         Each leaf is its cluster's mean, and the mean of all labels as if one more label had it. In a process group the
-        labels of all ranks are taken.
+        labels of all ranks are taken; on CUDA, rows that are not finite are left out.
 
         Raises:
             ValueError: as `loss`, or no label.
         """
         rows = thinned(rows_of_ranks(self._checked_labels(labels, None)[0], group), self.seed)
         if not len(rows):
-            raise ValueError(f"{self.NAME}.initialize: needs at least one finite label, got none")
+            raise ValueError(f"{self.NAME}.initialize: needs at least one label, got none")
         for tree in range(self.trees):
             centres, owner = clusters(rows, self.routing.leaves, self.seed * self.trees + tree)
             size = torch.bincount(owner, minlength=len(centres))[:, None]
@@ -334,14 +339,15 @@ class LabelDistributionForest(_MapForest):
         if weight is not None and tuple(weight.shape) != shape[:1]:
             raise ValueError(f"{self.NAME}: weight must be {list(shape[:1])}, got {list(weight.shape)}")
         if len(shape) == 1 and not labels.is_floating_point() and labels.dtype != torch.bool:
-            looked_at = labels.device.type == "cpu" and not torch.compiler.is_compiling()
-            if looked_at and len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < self.classes:
+            if looked_at(labels) and len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < self.classes:
                 raise ValueError(
                     f"{self.NAME}: labels must be classes from 0 to {self.classes - 1}, got {int(labels.min())} to "
                     f"{int(labels.max())}"
                 )
             dense = (labels[:, None] == torch.arange(self.classes, device=labels.device)).to(dtype)
         elif len(shape) == 2 and shape[1] == self.classes and labels.is_floating_point():
+            if looked_at(labels):
+                _check_distributions(self.NAME, labels, weight)
             dense = labels.detach().to(dtype)
         else:
             raise ValueError(
@@ -351,6 +357,24 @@ class LabelDistributionForest(_MapForest):
         if weight is None:
             return dense, dense.new_ones(len(dense), 1)
         return torch.where((weight == 0)[:, None], 0.0, dense), weight.detach().to(dtype)[:, None]
+
+
+def _check_distributions(layer: str, labels: Tensor, weight: Tensor | None) -> None:
+    """Rows that are distributions, to the rounding of 16 bits at most; hidden ones may be anything."""
+    rows = labels.detach().double()
+    least, off = rows.amin(1), (rows.sum(1) - 1).abs()
+    tolerance = max(ROUNDED, torch.finfo(labels.dtype).eps)
+    wrong = ~((least >= 0) & (off <= tolerance))
+    if weight is not None:
+        wrong = wrong & (weight != 0)
+    if bool(wrong.any()):
+        fault = torch.maximum(off, -least).nan_to_num(nan=torch.inf)
+        row = int(torch.where(wrong, fault, -1.0).argmax())
+        sizes = f"a sum of {float(rows[row].sum()):.6g}, least {float(least[row]):.6g}"
+        raise ValueError(
+            f"{layer}: rows of labels must be distributions: finite, at least 0, of sum 1 to {tolerance:.2g}; got "
+            f"{sizes if bool(rows[row].isfinite().all()) else 'NaN or inf'} in row {row}, the worst of {int(wrong.sum())}"
+        )
 
 
 class LabelDistribution:
