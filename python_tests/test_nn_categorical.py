@@ -138,6 +138,36 @@ def test_leaf_updates_never_raise_their_loss(objective: str, tree_update: str, k
         torch.testing.assert_close(leaves.sum(-1), torch.ones(leaves.shape[:-1]), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(("objective", "tree_update"), OBJECTIVES)
+@pytest.mark.parametrize("kind", ["labels", "heatmaps"])
+@pytest.mark.parametrize("loss", PAIRS)
+def test_leaf_updates_heed_the_mask(objective: str, tree_update: str, kind: str, loss: str) -> None:
+    """They never raise the masked loss; nothing but what counts moves a leaf."""
+    head: Any = (label_head if kind == "labels" else map_head)(
+        objective=objective, tree_update=tree_update, loss=loss, floor=0.0, mask_threshold=0.25
+    )
+    x, y = features(), distributions() if kind == "labels" else landmarks()
+    weight = torch.rand(y.shape[: 1 if kind == "labels" else 2]) + 0.1
+    losses = [head.loss(x, y, weight).item()]
+    for _ in range(12):
+        head.accumulate(x, y, weight)
+        head.update()
+        losses.append(head.loss(x, y, weight).item())
+    assert all(after <= before + 1e-6 for before, after in itertools.pairwise(losses)), losses
+    assert losses[-1] < 0.95 * losses[0]
+    if kind == "labels":
+        twin, other = copy.deepcopy(head), y.clone()
+        masked = (y <= 0.25) & (torch.arange(C) > 0)
+        other[masked] = 0
+        other[:, 0] += torch.where(masked, y, 0.0).sum(1)
+        rows = y[:, 0] + torch.where(masked, y, 0.0).sum(1) <= 0.25  # the first class, which took the rest, is out too
+        assert rows.sum() > 5
+        for forest, labels in ((head, y[rows]), (twin, other[rows])):
+            forest.accumulate(x[rows], labels)
+            forest.update()
+        torch.testing.assert_close(head.leaves, twin.leaves)
+
+
 @pytest.mark.parametrize("loss", PAIRS)
 @pytest.mark.parametrize("objective", ["per_tree", "forest"])
 def test_learns_label_distributions(loss: str, objective: str) -> None:

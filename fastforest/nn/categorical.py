@@ -132,8 +132,8 @@ class _MapForest(LeafForest):
 
     @property
     def _replay_steps(self) -> int:
-        """Least squares are solved at once."""
-        return self.iterations if self.leaf_update == "bounding" else 1
+        """Least squares are solved at once, unless a mask makes each a step."""
+        return self.iterations if self.leaf_update == "bounding" or self.mask_threshold is not None else 1
 
     def _maps(self) -> Tensor:
         return self.leaves.reshape(self.trees, self.routing.leaves, self.maps, -1)
@@ -171,7 +171,12 @@ class _MapForest(LeafForest):
         return total
 
     def _statistics_of(self, log_prob: Tensor, labels: Tensor, weight: Tensor) -> list[Any]:
-        """Bounding: [G, K, M, C]. Least squares: grams [M, G, K, K] and crosses [G, K, M, C]."""
+        """Bounding: [G, K, M, C]. Least squares: grams [M, G, K, K] and crosses [G, K, M, C].
+
+        Least squares under a mask: a cell that does not count has the present prediction for its target. The loss of that
+        bounds the masked loss and touches it at the present leaves, so lowering the one lowers the other; one gram still
+        serves all cells.
+        """
         prob, leaves = self._mixing(log_prob)
         if self.leaf_update == "bounding":
             sums = torch.zeros_like(leaves)
@@ -180,14 +185,20 @@ class _MapForest(LeafForest):
             return [sums]
         grams = leaves.new_zeros(self.maps, *leaves.shape[:2], leaves.shape[1])
         crosses = torch.zeros_like(leaves)
+        threshold = self._threshold()
         for rows, part in zip(prob.split(self._rows_at_a_time()), self._chunks(labels, weight), strict=True):
             target, root = self._target(part[0]), part[1].sqrt()
+            if threshold is not None:
+                out = target <= threshold
+                target = torch.where(out, 0.0, target)
             for m in range(self.maps):
-                gram, cross = ops_categorical.least_squares_statistics(
-                    rows * root[:, m, None, None], target[:, m] * root[:, m, None]
-                )
+                scaled = rows * root[:, m, None, None]
+                gram, cross = ops_categorical.least_squares_statistics(scaled, target[:, m] * root[:, m, None])
                 grams[m] += gram
                 crosses[:, :, m] += cross
+                if threshold is not None:
+                    present = torch.einsum("ngk,gkc->ngc", scaled, leaves[:, :, m]) * out[:, m, None]
+                    crosses[:, :, m] += torch.einsum("ngk,ngc->gkc", scaled, present)
         return [grams, crosses]
 
     def _fit(self, statistics: list[Any], tree: int | None, group: Any) -> int:
@@ -262,10 +273,11 @@ class LabelDistributionForest(_MapForest):
         loss: "kl" (default: Kullback-Leibler divergence of the label to the prediction) or "l2" (squared distance).
         leaf_update: "bounding" (never increases KL) or "least_squares" (never increases L2); None: the loss's own.
         allow_mismatch: lets the two be paired crosswise.
-        mask_threshold: the loss, and bounding, count only where the label exceeds it; None: everywhere.
+        mask_threshold: the loss, and the leaf update, count only where the label exceeds it; None: everywhere. Least
+            squares then take more than one iteration.
         objective: of each tree, mean over trees ("per_tree", the default), or of the "forest"'s mean prediction.
         tree_update: "average" (default) or "sequential", see `update`.
-        update_every, iterations, replay: as `GaussianForest`; least squares are solved in one iteration.
+        update_every, iterations, replay: as `GaussianForest`; least squares without a mask are solved in one iteration.
         eps (1e-12): floor of the prediction in the logarithm.
         floor (1e-6): share of every leaf that is even over the classes, so that a class that one update did not see can
             return; it may raise the loss by as little.
@@ -478,8 +490,8 @@ class HeatmapForest(nn.Module):
             None: one group.
         sigma: of the targets, pixels, > 0; they sum to 1.
         truncate: targets are cut at ceil(truncate sigma) pixels; one that misses the canvas counts 0.
-        mask_threshold: the loss, and bounding, count only pixels where the target exceeds this share of a Gaussian's
-            peak; None: all.
+        mask_threshold: the loss, and the leaf update, count only pixels where the target exceeds this share of a
+            Gaussian's peak; None: all.
         other arguments: as `LabelDistributionForest`.
 
     `loss(features, points, weight=None)`: points [N, P, 2], weight [N, P]; mean over visible landmarks.
