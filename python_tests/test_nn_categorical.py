@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -282,6 +283,37 @@ def test_points_are_the_expectation_of_the_heatmaps_and_are_learned(loss: str) -
                 head.update()
     error = (head(x) - points).norm(dim=-1).mean()
     assert error < 0.6 * (points - points.mean(0)).norm(dim=-1).mean()
+
+
+def test_distribution_of_landmarks_is_that_of_the_heatmaps() -> None:
+    head, x, points = map_head(groups=[[0, 2], [1]]).double(), features().double(), landmarks().double()
+    predicted, maps = head.distribution(x), head.heatmap(x)
+    assert torch.equal(predicted.probability, maps)
+    torch.testing.assert_close(predicted.mean, head(x))
+    place = torch.stack(torch.meshgrid(torch.arange(10.0), torch.arange(12.0), indexing="ij")[::-1], -1).double()
+    apart = place - predicted.mean[:, :, None, None]
+    expected = torch.einsum("nphw,nphwi,nphwj->npij", maps, apart, apart)
+    torch.testing.assert_close(predicted.covariance, expected)
+    column, row = (points + 0.5).floor().long().unbind(-1)
+    there = maps[torch.arange(N)[:, None], torch.arange(3), row, column]
+    torch.testing.assert_close(predicted.log_prob(points), there.log())
+    one_hot = torch.zeros(N, 3, 10, 12)
+    one_hot[torch.arange(N)[:, None], torch.arange(3), row, column] = 1
+    torch.testing.assert_close(predicted.log_prob(one_hot), predicted.log_prob(points))
+
+    points[0, 0], points[1, 1], points[2, 2], points[3, 0] = -0.51, torch.nan, 1e30, torch.tensor([11.49, 9.49])
+    told = predicted.log_prob(points)
+    assert told[0, 0] == told[2, 2] == math.log(1e-12) and told[1, 1].isnan()
+    torch.testing.assert_close(told[3, 0], maps[3, 0, 9, 11].log())
+    assert told[4:].isfinite().all()
+    empty = head.distribution(x[:0])
+    assert empty.covariance.shape == (0, 3, 2, 2) and empty.log_prob(points[:0]).shape == (0, 3)
+    with pytest.raises(
+        ValueError, match=r"labels must be points \[120, 3, 2\] or heatmaps \[120, 3, 10, 12\], got \[3\]"
+    ):
+        predicted.log_prob(torch.zeros(3))
+    with pytest.raises(TypeError, match="labels must be floating-point"):
+        predicted.log_prob(points.long())
 
 
 def test_groups_have_their_own_trees_and_keep_the_order_of_landmarks() -> None:

@@ -24,7 +24,7 @@ from fastforest.ops import heatmap as ops_heatmap
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["HeatmapForest", "LabelDistribution", "LabelDistributionForest", "group_landmarks"]
+__all__ = ["HeatmapDistribution", "HeatmapForest", "LabelDistribution", "LabelDistributionForest", "group_landmarks"]
 
 DAMPING = 1e-2  # of the least-squares update, relative to the mean diagonal of its gram
 ROUNDED = 1e-3  # by how much the sum of a label's distribution may differ from 1
@@ -322,6 +322,7 @@ class LabelDistributionForest(_MapForest):
             return prob.flatten(1) @ self.leaves.flatten(0, 1) / self.trees
 
     def distribution(self, features: Tensor) -> LabelDistribution:
+        """The mixture over the leaves of all trees, whatever the objective."""
         return LabelDistribution(self(features), self.eps)
 
     @torch.no_grad()
@@ -405,6 +406,68 @@ class LabelDistribution:
     def expectation(self, values: Tensor) -> Tensor:
         """[N]: mean of the classes' values [C], such as ages."""
         return self.probability @ values.to(self.probability.dtype)
+
+
+class HeatmapDistribution:
+    """What a `HeatmapForest` predicts: probabilities [N, P, H, W], of the pixels for each landmark.
+
+    Points are (x, y) in pixels; within its pixel, a landmark is at the centre.
+    """
+
+    def __init__(self, probability: Tensor, eps: float) -> None:
+        self.probability, self.eps = probability, eps
+
+    @property
+    def mean(self) -> Tensor:
+        """[N, P, 2]: expected points, pixels."""
+        return self._moments()[0]
+
+    @property
+    def covariance(self) -> Tensor:
+        """[N, P, 2, 2], pixels squared."""
+        mean, x, y = self._moments()
+        height, width = self.probability.shape[2:]
+        # About the mean: sums of squares of coordinates would cancel.
+        x_apart, y_apart = self._axis(width) - mean[..., :1], self._axis(height) - mean[..., 1:]
+        across = ((self.probability @ x_apart[..., None])[..., 0] * y_apart).sum(-1)
+        spread = [(x * x_apart.square()).sum(-1), across, across, (y * y_apart.square()).sum(-1)]
+        return torch.stack(spread, -1).unflatten(-1, (2, 2))
+
+    def log_prob(self, labels: Tensor) -> Tensor:
+        """[N, P] nats: log p of the pixels nearest to points [N, P, 2], or sum_h y_h log p_h of heatmaps [N, P, H, W]
+        (minus the cross entropy).
+
+        A pixel of less than eps, and one off the canvas, has log eps; a point that is not finite NaN.
+
+        Raises:
+            TypeError, ValueError: labels of another type or shape.
+        """
+        maps, (height, width) = list(self.probability.shape), self.probability.shape[2:]
+        if not labels.is_floating_point():
+            raise TypeError(f"HeatmapDistribution.log_prob: labels must be floating-point, got {labels.dtype}")
+        if list(labels.shape) not in ([*maps[:2], 2], maps):
+            raise ValueError(
+                f"HeatmapDistribution.log_prob: labels must be points {[*maps[:2], 2]} or heatmaps {maps}, got "
+                f"{list(labels.shape)}"
+            )
+        log = self.probability.clamp_min(self.eps).log()
+        if labels.dim() == 4:
+            return (labels.to(log.dtype) * log).sum((2, 3))
+        finite = labels.isfinite().all(-1)
+        points = labels.to(torch.promote_types(labels.dtype, torch.float32))
+        column, row = torch.where(finite[..., None], points, -1.0).add(0.5).floor().unbind(-1)
+        inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
+        pixel = torch.where(inside, row * width + column, 0.0).long()
+        there = torch.where(inside, log.flatten(2).gather(2, pixel[..., None])[..., 0], math.log(self.eps))
+        return torch.where(finite, there, torch.nan)
+
+    def _axis(self, pixels: int) -> Tensor:
+        return torch.arange(pixels, dtype=self.probability.dtype, device=self.probability.device)
+
+    def _moments(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The mean, and the marginals of x [N, P, W] and y [N, P, H]."""
+        x, y = self.probability.sum(-2), self.probability.sum(-1)
+        return torch.stack([x @ self._axis(x.shape[-1]), y @ self._axis(y.shape[-1])], -1), x, y
 
 
 class _LandmarkTrees(_MapForest):
@@ -500,8 +563,9 @@ class HeatmapForest(nn.Module):
         ValueError: an argument out of range, a pairing that does not belong together, groups that are no partition.
 
     >>> head = HeatmapForest(16, 4, (12, 12), groups=[[0, 1], [2, 3]], trees=2, depth=3)
-    >>> head(torch.randn(5, 16)).shape, head.heatmap(torch.randn(5, 16)).shape
-    (torch.Size([5, 4, 2]), torch.Size([5, 4, 12, 12]))
+    >>> features = torch.randn(5, 16)
+    >>> head(features).shape, head.heatmap(features).shape, head.distribution(features).covariance.shape
+    (torch.Size([5, 4, 2]), torch.Size([5, 4, 12, 12]), torch.Size([5, 4, 2, 2]))
     """
 
     group: Tensor
@@ -572,6 +636,10 @@ class HeatmapForest(nn.Module):
     def heatmap(self, features: Tensor) -> Tensor:
         """The mixtures [N, P, H, W], each sums to 1."""
         return self._assembled([self._mixed(trees, features, trees.leaves) for trees in self.groups])
+
+    def distribution(self, features: Tensor) -> HeatmapDistribution:
+        """The mixture over the leaves of all trees of a landmark's group, whatever the objective."""
+        return HeatmapDistribution(self.heatmap(features), self.groups[0].eps)
 
     def loss(self, features: Tensor, points: Tensor, weight: Tensor | None = None) -> Tensor:
         """Mean loss over the landmarks, sum w R / sum w: a scalar, 0 where none is visible. See the class."""
