@@ -188,8 +188,15 @@ class LeafForest(PreciseBuffers):
         return self.dead_leaves
 
     @torch.no_grad()
-    def posterior(self, labels: Tensor, weight: Tensor | None = None) -> Tensor:
-        """[N, T, L]: to which leaf of each tree the labels alone assign every sample, all leaves being as likely."""
+    def posterior(self, labels: Tensor, weight: Tensor | None = None, scale: Any = None) -> Tensor:
+        """[N, T, L]: to which leaf of each tree the labels alone assign every sample, all leaves being as likely.
+
+        scale: what `posterior_scale` gave for more labels than these; None: of these.
+        """
+        raise NotImplementedError
+
+    def posterior_scale(self, labels: Tensor, weight: Tensor | None = None) -> Any:
+        """What the posterior of a sample takes from the others, for `posterior` of one batch of many."""
         raise NotImplementedError
 
     @torch.no_grad()

@@ -75,17 +75,29 @@ class _MapForest(LeafForest):
         self.maps = maps
 
     @torch.no_grad()
-    def posterior(self, labels: Tensor, weight: Tensor | None = None) -> Tensor:
-        """[N, T, L]: exp(-KL(y || q_l) / scale), normalised: scale is the mean KL to the nearest leaf, over these labels.
+    def posterior(self, labels: Tensor, weight: Tensor | None = None, scale: Any = None) -> Tensor:
+        """[N, T, L]: exp(-KL(y || q_l) / scale), normalised: scale is the mean KL to the nearest leaf, over these labels
+        unless it is given.
 
         A label distribution is one observation, and the likelihoods of one observation hardly differ between leaves:
         without the scale all leaves would share all labels, and fitting would make them equal.
         """
         labels, weight = self._checked_labels(labels, weight)
         apart = self._apart(labels, weight)
-        seen = (weight.sum(1) > 0)[:, None, None]
-        scale = (apart.amin(2, keepdim=True) * seen).sum(0, keepdim=True) / seen.sum().clamp_min(1)
-        return (-apart / scale.clamp_min(1e-6)).softmax(-1) * seen
+        if scale is None:
+            scale = self._scale_of(apart, weight)
+        return (-apart / scale).softmax(-1) * _shown(weight)
+
+    @torch.no_grad()
+    def posterior_scale(self, labels: Tensor, weight: Tensor | None = None) -> Tensor:
+        """[1, T, 1]: the mean KL to the nearest leaf."""
+        labels, weight = self._checked_labels(labels, weight)
+        return self._scale_of(self._apart(labels, weight), weight)
+
+    def _scale_of(self, apart: Tensor, weight: Tensor) -> Tensor:
+        shown = _shown(weight)
+        mean = (apart.amin(2, keepdim=True) * shown).sum(0, keepdim=True) / shown.sum().clamp_min(1)
+        return mean.clamp_min(1e-6)
 
     @torch.no_grad()
     def fit_leaves(self, labels: Tensor, weight: Tensor | None = None, iterations: int = 20, group: Any = None) -> int:
@@ -674,10 +686,23 @@ class HeatmapForest(nn.Module):
         return sum(trees.fit_leaves(points[:, m], weight[:, m], iterations, group) for trees, m in self._each())
 
     @torch.no_grad()
-    def posterior(self, points: Tensor, weight: Tensor | None = None) -> Tensor:
-        """[N, G T, L]: of the leaves of every tree, group after group, given the points alone."""
+    def posterior(self, points: Tensor, weight: Tensor | None = None, scale: Any = None) -> Tensor:
+        """[N, G T, L]: of the leaves of every tree, group after group, given the points alone. scale: of
+        `posterior_scale`; None: of these points."""
         points, weight = self._checked(points, weight)
-        return torch.cat([trees.posterior(points[:, m], weight[:, m]) for trees, m in self._each()], dim=1)
+        scales = [None] * len(self.groups) if scale is None else scale
+        return torch.cat(
+            [
+                trees.posterior(points[:, m], weight[:, m], one)
+                for (trees, m), one in zip(self._each(), scales, strict=True)
+            ],
+            dim=1,
+        )
+
+    def posterior_scale(self, points: Tensor, weight: Tensor | None = None) -> list[Tensor]:
+        """Of every group, see `LabelDistributionForest.posterior_scale`."""
+        points, weight = self._checked(points, weight)
+        return [trees.posterior_scale(points[:, m], weight[:, m]) for trees, m in self._each()]
 
     def routing_loss(self, features: Tensor, posterior: Tensor) -> Tensor:
         """KL(posterior || routing), mean over samples and trees."""
@@ -791,6 +816,11 @@ def _members(groups: Any, landmarks: int) -> list[Tensor]:
             f"{[m.tolist() for m in members]}"
         )
     return members
+
+
+def _shown(weight: Tensor) -> Tensor:
+    """Of weights [N, M] which samples count, [N, 1, 1]."""
+    return (weight.sum(1) > 0)[:, None, None]
 
 
 def _by_map(leaves: Tensor) -> Tensor:

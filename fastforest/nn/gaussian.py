@@ -164,7 +164,7 @@ class GaussianForest(LeafForest):
             self.mean[tree], self.scale_tril[tree] = fitted.mean.to(self.mean), fitted.scale_tril.to(self.mean)
 
     @torch.no_grad()
-    def posterior(self, labels: Tensor, weight: Tensor | None = None) -> Tensor:
+    def posterior(self, labels: Tensor, weight: Tensor | None = None, scale: Any = None) -> Tensor:
         labels, weight = self._checked_labels(labels, weight)
         flat = self._counted(labels, weight)
         posterior = [
@@ -172,6 +172,9 @@ class GaussianForest(LeafForest):
             for mean, scale_tril in zip(self.mean, self.scale_tril, strict=True)
         ]
         return torch.stack(posterior, dim=1).nan_to_num(nan=0.0)
+
+    def posterior_scale(self, labels: Tensor, weight: Tensor | None = None) -> None:
+        """None: a density knows no other samples."""
 
     @torch.no_grad()
     def fit_leaves(self, labels: Tensor, weight: Tensor | None = None, iterations: int = 20, group: Any = None) -> int:
