@@ -3,9 +3,8 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
-#include <memory>
-#include <vector>
 
+#include "host_shim/test/array.h"
 #include "routing/routing.h"
 
 namespace {
@@ -20,26 +19,13 @@ struct Case {
   int offset;              // elements by which the gradient is off its alignment
 };
 
-// Right behind its end begins ASan's red zone.
-template <class T>
-struct Array {
-  int64_t size;
-  int offset;
-  std::unique_ptr<T[]> memory;
-  Array(int64_t n, T fill, int off = 0) : size(n), offset(off), memory(new T[n + off]) {
-    std::fill(memory.get(), memory.get() + n + off, fill);
-  }
-  T* get() { return memory.get() + offset; }
-  T& operator[](int64_t i) { return memory[i + offset]; }
-};
-
 template <class T>
 class Run {
  public:
   explicit Run(const Case& given) : c(given) {
     const int64_t width = (int64_t(1) << c.depth) - 1, nodes = c.trees * width, leaves = c.trees * (width + 1);
     Array<T> units(c.samples * c.features, T(0)), factor(1, T(0.75));
-    for (int64_t i = 0; i < units.size; ++i) units[i] = T(8) * random() - T(4);
+    for (int64_t i = 0; i < units.size(); ++i) units[i] = T(8) * random() - T(4);
     if (c.samples > 2) {
       units[c.features] = T(NAN);
       units[2 * c.features] = T(INFINITY);
@@ -65,7 +51,7 @@ class Run {
     compare("route", expected, leaf);
 
     Array<T> grad_leaf(c.samples * leaves, T(0), c.offset);
-    for (int64_t i = 0; i < grad_leaf.size; ++i) grad_leaf[i] = random() - T(0.5);
+    for (int64_t i = 0; i < grad_leaf.size(); ++i) grad_leaf[i] = random() - T(0.5);
     Array<T> grad(c.samples * c.features, T(7)), cpu_grad(c.samples * c.features, T(8));
     Array<int32_t> order(nodes, -1), start(c.features + 1, -1);
     Array<T> scratch(c.blocks * 2 * nodes, T(NAN));
@@ -102,7 +88,7 @@ class Run {
 
   void compare(const char* what, Array<T>& expected, Array<T>& got) {
     double largest = 0, difference = 0;
-    for (int64_t i = 0; i < expected.size; ++i) {
+    for (int64_t i = 0; i < expected.size(); ++i) {
       const double e = expected[i], g = got[i];
       if (std::isfinite(e)) largest = std::max(largest, std::abs(e));
       if (e == g || (e != e && g != g)) continue;
