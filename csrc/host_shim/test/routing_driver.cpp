@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdio>
 
+#include "host_shim/sanitizers.h"
 #include "host_shim/test/array.h"
 #include "routing/routing.h"
 
@@ -112,18 +113,26 @@ void out_of_range() {
 
 int main() {
   // Ones; a tree of depth 1, its leaves in pairs; a block of samples and a rest; more subtrees than a block; units that
-  // all nodes share; more units than shared memory holds; nodes in scratch, fewer blocks than samples.
+  // all nodes share; nodes in scratch, one block for all samples.
   for (const bool log : {false, true})
     for (const Case& c : {Case{1, 1, 1, 1, log, false, false, 0, 0}, Case{5, 3, 7, 1, log, true, true, 0, 1},
                           Case{4, 5, 3, 2, log, false, true, 0, 0}, Case{9, 13, 5, 6, log, true, false, 0, 1},
                           Case{3, 2, 2, 10, log, true, false, 0, 0}, Case{2, 7, 1, 11, log, false, false, 0, 3},
-                          Case{3, 1601, 2, 3, log, true, true, 0, 0}, Case{3, 12400, 2, 3, log, false, true, 2, 1},
-                          Case{3, 9, 3, 7, log, true, false, 1, 0}}) {
+                          Case{3, 9, 3, 7, log, true, false, 1, 0}})
       Run<float> run(c);
-    }
   for (const Case& c : {Case{5, 3, 7, 1, false, true, true, 0, 1}, Case{9, 13, 5, 6, true, true, false, 0, 1},
                         Case{3, 2, 2, 9, false, false, false, 0, 0}, Case{3, 9, 3, 5, false, true, false, 2, 1}})
     Run<double> run(c);
+  // More units than the shared memory of a forward block holds.
+  for (const bool log : {false, true}) Run<double> run(Case{3, 769, 2, 3, log, true, true, 0, 0});
+  // And than that of a backward block. Not under TSan, whose shadow of a block for each of 12,401 units takes 4 GB:
+  // past the limit a block reads its units from global memory, which nobody writes; all that it shares, the nodes in
+  // shared memory or scratch, the cases above share in the same way.
+  if (!ff::shim::kTsan)
+    for (const bool log : {false, true}) {
+      Run<float> forward(Case{3, 1601, 2, 3, log, true, true, 0, 0});
+      Run<float> backward(Case{3, 12400, 2, 3, log, false, true, 2, 1});
+    }
   out_of_range();
   if (!failed) std::printf("OK\n");
   return failed;
