@@ -53,7 +53,7 @@ def main() -> None:
         ff.gaussian_log_prob(x, mean, tril).sum().backward()
         ff.gaussian_mixture_log_prob(x, log_weight, mean, tril).sum().backward()
         ff.gaussian_responsibilities(x, log_weight, mean, tril).square().sum().backward()
-        ff.gaussian_statistics(x, log_weight, mean, tril)
+        ff.gaussian_statistics(x, log_weight, mean, tril, torch.rand(samples, device=device))
     torch.cuda.synchronize()
     print("every operator ran")
 

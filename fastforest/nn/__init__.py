@@ -1,6 +1,12 @@
 """Layers: `torch.nn.Module`s over the operators of `fastforest.ops`."""
 
-from fastforest.nn.categorical import HeatmapForest, LabelDistribution, LabelDistributionForest, group_landmarks
+from fastforest.nn.categorical import (
+    HeatmapDistribution,
+    HeatmapForest,
+    LabelDistribution,
+    LabelDistributionForest,
+    group_landmarks,
+)
 from fastforest.nn.gaussian import GaussianForest, GaussianMixture
 from fastforest.nn.pool import LeafPool
 from fastforest.nn.routing import SoftForest
@@ -8,6 +14,7 @@ from fastforest.nn.routing import SoftForest
 __all__ = [
     "GaussianForest",
     "GaussianMixture",
+    "HeatmapDistribution",
     "HeatmapForest",
     "LabelDistribution",
     "LabelDistributionForest",
