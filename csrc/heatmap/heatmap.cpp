@@ -278,9 +278,12 @@ std::tuple<Tensor, Tensor> peak(const Tensor& heatmap_in, int64_t refine, int64_
   Tensor score = new_empty(heatmap, {size.images, size.landmarks}, compute_type(heatmap));
   with_type(op, heatmap, [&](auto value) {
     using T = decltype(value);
-    PeakParams<T> p{size,        maps_of<const T>(heatmap),
-                    int(refine), int(kernel),
-                    {},          mutable_data<Compute<T>>(points),
+    PeakParams<T> p{size,
+                    maps_of<const T>(heatmap),
+                    int(refine),
+                    int(kernel),
+                    {},
+                    mutable_data<Compute<T>>(points),
                     mutable_data<Compute<T>>(score)};
     blur_taps(p.kernel, p.taps);
     dispatch<T>(

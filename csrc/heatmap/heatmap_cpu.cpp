@@ -403,9 +403,8 @@ void refine_dark(const PeakParams<T>& p, const DarkRule<Compute<T>>& rule, const
     v = max(v, broadcast(rule.low));
     store(b + i, log(min(v, broadcast(rule.high))));
   }
-  dark_shift(kStep, [&](int dx, int dy) __attribute__((always_inline)) {
-    return b[(dy + kStep) * kSide + dx + kStep];
-  }, x, y);
+  dark_shift(
+      kStep, [&](int dx, int dy) __attribute__((always_inline)) { return b[(dy + kStep) * kSide + dx + kStep]; }, x, y);
 }
 
 template <class T>

@@ -121,14 +121,9 @@ __device__ __forceinline__ Best<Compute<T>> find_peak(const T* z, const Maps<con
   return best;
 }
 
-template <class T>
-__device__ __forceinline__ Compute<T> tap_of(const PeakParams<T>& p, int distance) {
-  return p.taps[distance < 0 ? -distance : distance];
-}
-
 // The highest value of the whole map under the blur: only where a clip may act. kernel^2 reads a pixel, from L1.
 template <int kBlock, class T>
-__device__ __forceinline__ Compute<T> blurred_top(const PeakParams<T>& p, const T* z,
+__device__ __forceinline__ Compute<T> blurred_top(const PeakParams<T>& p, const T* z, const Compute<T>* taps,
                                                   Compute<T> (&shared)[kBlock / 32]) {
   using C = Compute<T>;
   const int half = p.kernel / 2, width = p.size.width, height = p.size.height;
@@ -138,57 +133,68 @@ __device__ __forceinline__ Compute<T> blurred_top(const PeakParams<T>& p, const 
     const int left = x < half ? -x : -half, right = x + half < width ? half : width - 1 - x;
     const int above = y < half ? -y : -half, below = y + half < height ? half : height - 1 - y;
     C sum = C(0);
+#pragma unroll 1
     for (int dy = above; dy <= below; ++dy) {
       const T* line = z + (y + dy) * p.maps.row;
       C part = C(0);
-      for (int dx = left; dx <= right; ++dx) part += tap_of(p, dx) * C(line[(x + dx) * p.maps.column]);
-      sum += tap_of(p, dy) * part;
+#pragma unroll 1
+      for (int dx = left; dx <= right; ++dx) part += taps[dx] * C(line[(x + dx) * p.maps.column]);
+      sum += taps[dy] * part;
     }
     top = Max{}(top, sum);
   }
   return block_reduce<kBlock>(top, Max{}, shared);
 }
 
-// dark, dark_udp: the block sums the columns of the stencil's window, then its rows; thread 0 takes the step.
-template <int kBlock, class T>
+// dark, dark_udp: the block sums the columns of the stencil's window, then its rows; every thread takes the step.
+template <int kBlock, int kStep, class T>
 __device__ __forceinline__ void refine_dark(const PeakParams<T>& p, const T* z, int column, int row, Compute<T> value,
                                             Compute<T>& x, Compute<T>& y) {
   using C = Compute<T>;
-  FF_SHARED(C, sums, 5 * (kMostKernel + 4));
-  FF_SHARED(C, b, 25);
+  constexpr int kSide = 2 * kStep + 1;
+  FF_SHARED(C, sums, kSide * (kMostKernel + kSide - 1));
+  FF_SHARED(C, b, kSide * kSide);
+  FF_SHARED(C, weights, kMostKernel);
   FF_SHARED(C, shared, kBlock / 32);
   const DarkRule<C> rule = dark_rule<C>(Refine(p.refine));
   if (!rule.applies(value, column, row, p.size.width, p.size.height)) return;  // the same for all threads
-  const int half = p.kernel / 2, side = 2 * rule.step + 1, columns = p.kernel + side - 1;
-  for (int i = threadIdx.x; i < side * columns; i += kBlock) {
-    const int j = i / columns, cx = column - rule.step - half + i % columns, cy = row - rule.step + j;
+  const int half = p.kernel / 2, columns = p.kernel + kSide - 1;
+  for (int i = threadIdx.x; i < p.kernel; i += kBlock) weights[i] = p.taps[i < half ? half - i : i - half];
+  __syncthreads();
+  const C* taps = weights + half;  // by distance
+  for (int i = threadIdx.x; i < kSide * columns; i += kBlock) {
+    const int j = i / columns, cx = column - kStep - half + i % columns, cy = row - kStep + j;
+    const bool inside = cx >= 0 && cx < p.size.width;
+    const int above = cy < half ? -cy : -half;
+    const int below = !inside ? above - 1 : cy + half < p.size.height ? half : p.size.height - 1 - cy;
     C sum = C(0);
-    if (cx >= 0 && cx < p.size.width) {
-      const int above = cy < half ? -cy : -half, below = cy + half < p.size.height ? half : p.size.height - 1 - cy;
-      for (int d = above; d <= below; ++d) sum += tap_of(p, d) * C(z[(cy + d) * p.maps.row + cx * p.maps.column]);
-    }
+    for (int d = above; d <= below; ++d) sum += taps[d] * C(z[(cy + d) * p.maps.row + cx * p.maps.column]);
     sums[i] = sum;
   }
   __syncthreads();
-  for (int i = threadIdx.x; i < side * side; i += kBlock) {
-    const C* line = sums + i / side * columns + i % side;
+  for (int i = threadIdx.x; i < kSide * kSide; i += kBlock) {
+    const C* line = sums + i / kSide * columns + i % kSide;
     C sum = C(0);
-    for (int d = 0; d < p.kernel; ++d) sum += tap_of(p, d - half) * line[d];
+    for (int d = 0; d < p.kernel; ++d) sum += weights[d] * line[d];
     b[i] = sum;
   }
   __syncthreads();
   bool clips = false;
-  for (int i = 0; i < side * side; ++i) clips |= rule.may_clip(b[i], value);
-  const C scale = clips ? value / blurred_top<kBlock>(p, z, shared) : C(1);
-  if (threadIdx.x != 0 || !(scale > C(0))) return;  // or nothing above 0 is left of the map
-  // Into the sums, which nobody reads any more: other warps may still compare b with the clips.
-  for (int i = 0; i < side * side; ++i) sums[i] = log(rule.clip(b[i] * scale));
-  dark_shift(rule.step, [&](int dx, int dy) { return sums[(dy + rule.step) * side + dx + rule.step]; }, x, y);
+  for (int i = 0; i < kSide * kSide; ++i) clips |= rule.may_clip(b[i], value);
+  C top = value;
+  if (clips) top = blurred_top<kBlock>(p, z, taps, shared);
+  const C scale = top > C(0) ? value / top : C(0);
+  // Into the sums, which nobody reads any more: other warps may still compare b with the clips. A scale that is not
+  // above 0, when nothing above 0 is left of the map, clips all to the same: no step.
+  for (int i = threadIdx.x; i < kSide * kSide; i += kBlock) sums[i] = log(rule.clip(b[i] * scale));
+  __syncthreads();
+  dark_shift(kStep, [&](int dx, int dy) { return sums[(dy + kStep) * kSide + dx + kStep]; }, x, y);
 }
 
-// Bytes: one read of the map; the stencils lie in it, and come from L1 or L2.
-template <class T, int kBlock, bool kPacked, bool kDark>
-__global__ void __launch_bounds__(kBlock) peak_kernel(PeakParams<T> p) {
+// Bytes: one read of the map; the stencils lie in it, and come from L1 or L2. Four blocks a multiprocessor, 64
+// registers: left to itself, ptxas spills one of 48 for the sake of a fifth.
+template <class T, int kBlock, bool kPacked, int kStep>
+__global__ void __launch_bounds__(kBlock, kBlock == kThreads ? 4 : 1) peak_kernel(PeakParams<T> p) {
   using C = Compute<T>;
   FF_SHARED(Best<C>, shared, kBlock / 32);
   const int64_t r = blockIdx.x;
@@ -196,11 +202,11 @@ __global__ void __launch_bounds__(kBlock) peak_kernel(PeakParams<T> p) {
   const Best<C> best = find_peak<kBlock, kPacked>(z, p.maps, p.size, shared);
   const int row = best.index / p.size.width, column = best.index - row * p.size.width;
   C x = C(column), y = C(row), score = best.value;
-  if constexpr (kDark) {
-    if (!best.bad) refine_dark<kBlock>(p, z, column, row, score, x, y);  // the same for all threads
+  if constexpr (kStep > 0) {
+    if (!best.bad) refine_dark<kBlock, kStep>(p, z, column, row, score, x, y);  // the same for all threads
   }
   if (threadIdx.x != 0) return;
-  if constexpr (!kDark) {
+  if constexpr (kStep == 0) {
     refine_peak(Refine(p.refine), x, y, [&](int dx, int dy, C& value) {
       const int nx = column + dx, ny = row + dy;
       if (nx < 0 || nx >= p.size.width || ny < 0 || ny >= p.size.height) return false;
@@ -580,14 +586,14 @@ int launch_render(const HeatmapSize& s, size_t shared_bytes, Kernel kernel, cons
 
 bool small(const HeatmapSize& s) { return s.height * s.width <= kSmallPixels; }
 
-template <bool kDark, class T>
+template <int kStep, class T>
 int launch_peak(const PeakParams<T>& p, CUstream_st* stream) {
   const bool packed = packs(p.maps, p.size);
   if (small(p.size)) {
-    auto kernel = packed ? peak_kernel<T, kSmallThreads, true, kDark> : peak_kernel<T, kSmallThreads, false, kDark>;
+    auto kernel = packed ? peak_kernel<T, kSmallThreads, true, kStep> : peak_kernel<T, kSmallThreads, false, kStep>;
     return launch_maps(p.size, kSmallThreads, kernel, p, stream);
   }
-  auto kernel = packed ? peak_kernel<T, kThreads, true, kDark> : peak_kernel<T, kThreads, false, kDark>;
+  auto kernel = packed ? peak_kernel<T, kThreads, true, kStep> : peak_kernel<T, kThreads, false, kStep>;
   return launch_maps(p.size, kThreads, kernel, p, stream);
 }
 
@@ -595,7 +601,9 @@ int launch_peak(const PeakParams<T>& p, CUstream_st* stream) {
 
 template <class T>
 int peak_cuda(const PeakParams<T>& p, CUstream_st* stream) {
-  return is_dark(Refine(p.refine)) ? launch_peak<true>(p, stream) : launch_peak<false>(p, stream);
+  if (p.refine == int(Refine::dark)) return launch_peak<2>(p, stream);
+  if (p.refine == int(Refine::dark_udp)) return launch_peak<1>(p, stream);
+  return launch_peak<0>(p, stream);
 }
 
 template <class T>
@@ -666,12 +674,12 @@ template int render_backward_cuda(const RenderBackwardParams<BFloat16>&, CUstrea
 namespace {
 // The kernels of the aligned, full-sized case, and the widest type of each.
 const KernelListed listed[] = {
-    {"heatmap_peak<float>", peak_kernel<float, kThreads, true, false>},
-    {"heatmap_peak<double>", peak_kernel<double, kThreads, true, false>},
-    {"heatmap_peak_dark<float>", peak_kernel<float, kThreads, true, true>},
-    {"heatmap_peak_dark<double>", peak_kernel<double, kThreads, true, true>},
-    {"heatmap_peak_dark<half>", peak_kernel<Half, kThreads, true, true>},
-    {"heatmap_peak_dark<bfloat16>", peak_kernel<BFloat16, kThreads, true, true>},
+    {"heatmap_peak<float>", peak_kernel<float, kThreads, true, 0>},
+    {"heatmap_peak<double>", peak_kernel<double, kThreads, true, 0>},
+    {"heatmap_peak_dark_udp<float>", peak_kernel<float, kThreads, true, 1>},
+    {"heatmap_peak_dark_udp<double>", peak_kernel<double, kThreads, true, 1>},
+    {"heatmap_peak_dark_udp<half>", peak_kernel<Half, kThreads, true, 1>},
+    {"heatmap_peak_dark_udp<bfloat16>", peak_kernel<BFloat16, kThreads, true, 1>},
     {"heatmap_soft_argmax<float>", soft_argmax_kernel<float, kThreads, true>},
     {"heatmap_soft_argmax<double>", soft_argmax_kernel<double, kThreads, true>},
     {"heatmap_soft_argmax<half>", soft_argmax_kernel<Half, kThreads, true>},

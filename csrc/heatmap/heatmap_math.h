@@ -111,9 +111,9 @@ FF_HD void refine_peak(Refine refine, T& x, T& y, const At& at) {
   }
 }
 
-// dark, dark_udp: with b the map under a Gaussian blur (0 outside the canvas) and l = log clip(s b, low, high) around the
-// peak, the maximum of the parabola through l:  peak - Hess^-1 grad.  s = max z / max b gives the blurred map the height
-// of the map; it is a constant of l, and drops out of the differences, unless a clip acts.
+// dark, dark_udp: with b the map under a Gaussian blur (0 outside the canvas) and l = log clip(s b, low, high) around
+// the peak, the maximum of the parabola through l:  peak - Hess^-1 grad.  s = max z / max b gives the blurred map the
+// height of the map; it is a constant of l, and drops out of the differences, unless a clip acts.
 constexpr int kMostKernel = 63;  // pixels of the blur on each axis
 
 // Weights of the blur at distances 0, 1, ... kernel / 2, kernel odd. OpenCV's rule: binomial up to 5, its tables for 7
@@ -174,11 +174,12 @@ FF_HD void dark_shift(int step, const L& l, T& x, T& y) {
   }
   const T straight = xx * yy, cross = xy * xy, det = straight - cross;
   const T size = (straight < T(0) ? -straight : straight) + cross;
-  if (!((det < T(0) ? -det : det) > T(4) * std::numeric_limits<T>::epsilon() * size)) return;
-  const T sx = (xy * gy - yy * gx) / det, sy = (xy * gx - xx * gy) / det, most = T(1.5);
-  if (!(sx >= -most && sx <= most && sy >= -most && sy <= most)) return;
-  x += sx;
-  y += sy;
+  const bool regular = (det < T(0) ? -det : det) > T(4) * std::numeric_limits<T>::epsilon() * size;
+  const T inverse = T(1) / (regular ? det : T(1)), most = T(1.5);
+  const T sx = (xy * gy - yy * gx) * inverse, sy = (xy * gx - xx * gy) * inverse;
+  const bool near = sx >= -most && sx <= most && sy >= -most && sy <= most;
+  x += regular && near ? sx : T(0);
+  y += regular && near ? sy : T(0);
 }
 
 }  // namespace ff

@@ -2,6 +2,7 @@
 
 from fastforest.nn.categorical import HeatmapForest, LabelDistribution, LabelDistributionForest, group_landmarks
 from fastforest.nn.gaussian import GaussianForest, GaussianMixture
+from fastforest.nn.heatmap import PeakDecoder, SoftArgmax2d
 from fastforest.nn.pool import LeafPool
 from fastforest.nn.routing import SoftForest
 
@@ -12,6 +13,8 @@ __all__ = [
     "LabelDistribution",
     "LabelDistributionForest",
     "LeafPool",
+    "PeakDecoder",
+    "SoftArgmax2d",
     "SoftForest",
     "group_landmarks",
 ]

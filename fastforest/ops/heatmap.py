@@ -125,13 +125,8 @@ def soft_argmax(
         scale, beta = beta.to(compute_dtype(heatmap.dtype)), 1.0
     else:
         beta = check_number(name, "beta", beta)
-    radius = -1
-    if window is not None:
-        if isinstance(window, bool) or not isinstance(window, int):
-            raise TypeError(f"{name}: window must be an int or None, got {type(window).__name__}")
-        check_number(name, "window", window, least=0)
-        radius = window
-    return op("heatmap_soft_argmax")(heatmap, scale, beta, radius, bool(debias))[0]
+    check_window(name, window)
+    return op("heatmap_soft_argmax")(heatmap, scale, beta, -1 if window is None else window, bool(debias))[0]
 
 
 def peak(heatmap: Tensor, refine: str = "none", *, kernel: int = 11) -> Peak:
@@ -180,14 +175,26 @@ def peak(heatmap: Tensor, refine: str = "none", *, kernel: int = 11) -> Peak:
     """
     _check_maps("peak", heatmap)
     check_choice("peak", "refine", refine, REFINEMENTS)
-    if isinstance(kernel, bool) or not isinstance(kernel, int):
-        raise TypeError(f"peak: kernel must be an int, got {type(kernel).__name__}")
-    if not (1 <= kernel <= 63 and kernel % 2):
-        raise ValueError(f"peak: kernel must be odd, from 1 to 63, got {kernel}")
+    check_kernel("peak", kernel)
     if refine == "local":  # beta > 0: the highest logit is that of the peak
         points, normalizer, _ = op("heatmap_soft_argmax")(heatmap, None, LOCAL_BETA, LOCAL_WINDOW, False)
         return Peak(points, normalizer.detach()[..., 0])
     return Peak(*op("heatmap_peak")(heatmap, KERNELS.index(refine), kernel))
+
+
+def check_window(name: str, window: object) -> None:
+    if window is None:
+        return
+    if isinstance(window, bool) or not isinstance(window, int):
+        raise TypeError(f"{name}: window must be an int or None, got {type(window).__name__}")
+    check_number(name, "window", window, least=0)
+
+
+def check_kernel(name: str, kernel: object) -> None:
+    if isinstance(kernel, bool) or not isinstance(kernel, int):
+        raise TypeError(f"{name}: kernel must be an int, got {type(kernel).__name__}")
+    if not (1 <= kernel <= 63 and kernel % 2):
+        raise ValueError(f"{name}: kernel must be odd, from 1 to 63, got {kernel}")
 
 
 def _check_maps(name: str, heatmap: object) -> None:
