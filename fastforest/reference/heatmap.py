@@ -112,10 +112,13 @@ def gaussian_kernel(size: int) -> Tensor:
 
 def _blur(heatmap: Tensor, size: int) -> Tensor:
     """The same size; 0 outside the canvas."""
-    weights, half = gaussian_kernel(size).to(heatmap), size // 2
-    for dim in (-2, -1):
-        pad = (half, half) if dim == -1 else (0, 0, half, half)
-        heatmap = torch.nn.functional.pad(heatmap, pad).unfold(dim, size, 1) @ weights
+    half = size // 2
+    weights = gaussian_kernel(size).tolist()
+    for dim, pad in ((-2, (0, 0, half, half)), (-1, (half, half))):
+        length, padded = heatmap.shape[dim], torch.nn.functional.pad(heatmap, pad)
+        heatmap = torch.zeros_like(heatmap)
+        for start, weight in enumerate(weights):
+            heatmap = heatmap + weight * padded.narrow(dim, start, length)
     return heatmap
 
 
