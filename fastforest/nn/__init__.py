@@ -8,6 +8,7 @@ from fastforest.nn.categorical import (
     group_landmarks,
 )
 from fastforest.nn.gaussian import GaussianForest, GaussianMixture
+from fastforest.nn.heatmap import PeakDecoder, SoftArgmax2d
 from fastforest.nn.pool import LeafPool
 from fastforest.nn.routing import SoftForest
 
@@ -19,6 +20,8 @@ __all__ = [
     "LabelDistribution",
     "LabelDistributionForest",
     "LeafPool",
+    "PeakDecoder",
+    "SoftArgmax2d",
     "SoftForest",
     "group_landmarks",
 ]
