@@ -18,10 +18,11 @@ __all__ = ["ResNet", "UNet"]
 
 
 class UNet(nn.Module):
-    """Image [B, 3, S, S] in [0, 1] -> maps [B, P, S, S], contiguous: heatmaps or logits, as the loss has it.
+    """Image [B, 3, S, S] in [0, 1] -> maps [B, P, S, S]: heatmaps or logits, as the loss has it.
 
     Encoder and decoder of `levels` resolutions, two convolutions (3 x 3, BatchNorm, ReLU) each; max pooling down,
-    nearest upsampling and the encoder's map beside it up (Ronneberger et al., U-Net, 2015).
+    nearest upsampling and the encoder's map beside it up (Ronneberger et al., U-Net, 2015). The maps are contiguous, one
+    plane a landmark, which is how the losses read them; channels_last was no faster on a CPU.
 
     Args:
         landmarks: P.
@@ -47,23 +48,21 @@ class UNet(nn.Module):
         self.up = nn.ModuleList(_double(inner + outer, outer) for inner, outer in pairwise(above))
         self.head = unit(width, features)
         self.maps = nn.Conv2d(features, landmarks, 1)
-        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, images: Tensor) -> Tensor:
         _check_images("UNet", images, self.multiple)
-        x = (2 * images - 1).contiguous(memory_format=torch.channels_last)
+        x = 2 * images - 1
         kept: list[Tensor] = []
         for level in self.down:
             x = level(functional.max_pool2d(x, 2) if kept else x)
             kept.append(x)
         for level, beside in zip(self.up, reversed(kept[:-1]), strict=True):
             x = level(torch.cat([functional.interpolate(x, scale_factor=2.0), beside], dim=1))
-        # One contiguous plane a landmark is what the losses read.
-        return self.maps(self.head(x).contiguous(memory_format=torch.contiguous_format)).contiguous()
+        return self.maps(self.head(x))
 
 
 class ResNet(nn.Module):
-    """Image [B, 3, S, S] in [0, 1] -> points [B, P, 2]: the mean shape and S times a linear map of the pooled features.
+    """Image [B, 3, S, S] in [0, 1] -> points [B, P, 2]: the mean shape and S / 8 times a linear map of pooled features.
 
     As ResNet-34 (He et al., 2016): 7 x 7 convolution and pooling at stride 4, four stages of basic blocks with 1, 2, 4
     and 8 times `width` channels, global average. It predicts the mean shape before it is trained.
@@ -111,7 +110,7 @@ class ResNet(nn.Module):
         _check_images("ResNet", images, self.image_size, exactly=True)
         x = (2 * images - 1).contiguous(memory_format=torch.channels_last)
         found = self.points(self.stages(self.stem(x)).mean((2, 3))).float()
-        return self.mean_shape + self.image_size * found.unflatten(1, (-1, 2))
+        return self.mean_shape + self.image_size / 8 * found.unflatten(1, (-1, 2))
 
 
 class _Basic(nn.Module):
