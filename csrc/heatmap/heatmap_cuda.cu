@@ -121,22 +121,93 @@ __device__ __forceinline__ Best<Compute<T>> find_peak(const T* z, const Maps<con
   return best;
 }
 
-template <class T, int kBlock, bool kPacked>
+template <class T>
+__device__ __forceinline__ Compute<T> tap_of(const PeakParams<T>& p, int distance) {
+  return p.taps[distance < 0 ? -distance : distance];
+}
+
+// The highest value of the whole map under the blur: only where a clip may act. kernel^2 reads a pixel, from L1.
+template <int kBlock, class T>
+__device__ __forceinline__ Compute<T> blurred_top(const PeakParams<T>& p, const T* z,
+                                                  Compute<T> (&shared)[kBlock / 32]) {
+  using C = Compute<T>;
+  const int half = p.kernel / 2, width = p.size.width, height = p.size.height;
+  C top = C(-INFINITY);
+  for (int i = threadIdx.x; i < width * height; i += kBlock) {
+    const int y = i / width, x = i - y * width;
+    const int left = x < half ? -x : -half, right = x + half < width ? half : width - 1 - x;
+    const int above = y < half ? -y : -half, below = y + half < height ? half : height - 1 - y;
+    C sum = C(0);
+    for (int dy = above; dy <= below; ++dy) {
+      const T* line = z + (y + dy) * p.maps.row;
+      C part = C(0);
+      for (int dx = left; dx <= right; ++dx) part += tap_of(p, dx) * C(line[(x + dx) * p.maps.column]);
+      sum += tap_of(p, dy) * part;
+    }
+    top = Max{}(top, sum);
+  }
+  return block_reduce<kBlock>(top, Max{}, shared);
+}
+
+// dark, dark_udp: the block sums the columns of the stencil's window, then its rows; thread 0 takes the step.
+template <int kBlock, class T>
+__device__ __forceinline__ void refine_dark(const PeakParams<T>& p, const T* z, int column, int row, Compute<T> value,
+                                            Compute<T>& x, Compute<T>& y) {
+  using C = Compute<T>;
+  FF_SHARED(C, sums, 5 * (kMostKernel + 4));
+  FF_SHARED(C, b, 25);
+  FF_SHARED(C, shared, kBlock / 32);
+  const DarkRule<C> rule = dark_rule<C>(Refine(p.refine));
+  if (!rule.applies(value, column, row, p.size.width, p.size.height)) return;  // the same for all threads
+  const int half = p.kernel / 2, side = 2 * rule.step + 1, columns = p.kernel + side - 1;
+  for (int i = threadIdx.x; i < side * columns; i += kBlock) {
+    const int j = i / columns, cx = column - rule.step - half + i % columns, cy = row - rule.step + j;
+    C sum = C(0);
+    if (cx >= 0 && cx < p.size.width) {
+      const int above = cy < half ? -cy : -half, below = cy + half < p.size.height ? half : p.size.height - 1 - cy;
+      for (int d = above; d <= below; ++d) sum += tap_of(p, d) * C(z[(cy + d) * p.maps.row + cx * p.maps.column]);
+    }
+    sums[i] = sum;
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; i < side * side; i += kBlock) {
+    const C* line = sums + i / side * columns + i % side;
+    C sum = C(0);
+    for (int d = 0; d < p.kernel; ++d) sum += tap_of(p, d - half) * line[d];
+    b[i] = sum;
+  }
+  __syncthreads();
+  bool clips = false;
+  for (int i = 0; i < side * side; ++i) clips |= rule.may_clip(b[i], value);
+  const C scale = clips ? value / blurred_top<kBlock>(p, z, shared) : C(1);
+  if (threadIdx.x != 0 || !(scale > C(0))) return;  // or nothing above 0 is left of the map
+  // Into the sums, which nobody reads any more: other warps may still compare b with the clips.
+  for (int i = 0; i < side * side; ++i) sums[i] = log(rule.clip(b[i] * scale));
+  dark_shift(rule.step, [&](int dx, int dy) { return sums[(dy + rule.step) * side + dx + rule.step]; }, x, y);
+}
+
+// Bytes: one read of the map; the stencils lie in it, and come from L1 or L2.
+template <class T, int kBlock, bool kPacked, bool kDark>
 __global__ void __launch_bounds__(kBlock) peak_kernel(PeakParams<T> p) {
   using C = Compute<T>;
   FF_SHARED(Best<C>, shared, kBlock / 32);
   const int64_t r = blockIdx.x;
   const T* z = map_of(p.maps, p.size, r);
   const Best<C> best = find_peak<kBlock, kPacked>(z, p.maps, p.size, shared);
-  if (threadIdx.x != 0) return;
   const int row = best.index / p.size.width, column = best.index - row * p.size.width;
   C x = C(column), y = C(row), score = best.value;
-  refine_peak(Refine(p.refine), x, y, [&](int dx, int dy, C& value) {
-    const int nx = column + dx, ny = row + dy;
-    if (nx < 0 || nx >= p.size.width || ny < 0 || ny >= p.size.height) return false;
-    value = C(z[ny * p.maps.row + nx * p.maps.column]);
-    return true;
-  });
+  if constexpr (kDark) {
+    if (!best.bad) refine_dark<kBlock>(p, z, column, row, score, x, y);  // the same for all threads
+  }
+  if (threadIdx.x != 0) return;
+  if constexpr (!kDark) {
+    refine_peak(Refine(p.refine), x, y, [&](int dx, int dy, C& value) {
+      const int nx = column + dx, ny = row + dy;
+      if (nx < 0 || nx >= p.size.width || ny < 0 || ny >= p.size.height) return false;
+      value = C(z[ny * p.maps.row + nx * p.maps.column]);
+      return true;
+    });
+  }
   if (best.bad) x = y = score = C(NAN);
   p.points[2 * r] = x;
   p.points[2 * r + 1] = y;
@@ -509,17 +580,22 @@ int launch_render(const HeatmapSize& s, size_t shared_bytes, Kernel kernel, cons
 
 bool small(const HeatmapSize& s) { return s.height * s.width <= kSmallPixels; }
 
+template <bool kDark, class T>
+int launch_peak(const PeakParams<T>& p, CUstream_st* stream) {
+  const bool packed = packs(p.maps, p.size);
+  if (small(p.size)) {
+    auto kernel = packed ? peak_kernel<T, kSmallThreads, true, kDark> : peak_kernel<T, kSmallThreads, false, kDark>;
+    return launch_maps(p.size, kSmallThreads, kernel, p, stream);
+  }
+  auto kernel = packed ? peak_kernel<T, kThreads, true, kDark> : peak_kernel<T, kThreads, false, kDark>;
+  return launch_maps(p.size, kThreads, kernel, p, stream);
+}
+
 }  // namespace
 
 template <class T>
 int peak_cuda(const PeakParams<T>& p, CUstream_st* stream) {
-  const bool packed = packs(p.maps, p.size);
-  if (small(p.size)) {
-    auto kernel = packed ? peak_kernel<T, kSmallThreads, true> : peak_kernel<T, kSmallThreads, false>;
-    return launch_maps(p.size, kSmallThreads, kernel, p, stream);
-  }
-  auto kernel = packed ? peak_kernel<T, kThreads, true> : peak_kernel<T, kThreads, false>;
-  return launch_maps(p.size, kThreads, kernel, p, stream);
+  return is_dark(Refine(p.refine)) ? launch_peak<true>(p, stream) : launch_peak<false>(p, stream);
 }
 
 template <class T>
@@ -590,8 +666,12 @@ template int render_backward_cuda(const RenderBackwardParams<BFloat16>&, CUstrea
 namespace {
 // The kernels of the aligned, full-sized case, and the widest type of each.
 const KernelListed listed[] = {
-    {"heatmap_peak<float>", peak_kernel<float, kThreads, true>},
-    {"heatmap_peak<double>", peak_kernel<double, kThreads, true>},
+    {"heatmap_peak<float>", peak_kernel<float, kThreads, true, false>},
+    {"heatmap_peak<double>", peak_kernel<double, kThreads, true, false>},
+    {"heatmap_peak_dark<float>", peak_kernel<float, kThreads, true, true>},
+    {"heatmap_peak_dark<double>", peak_kernel<double, kThreads, true, true>},
+    {"heatmap_peak_dark<half>", peak_kernel<Half, kThreads, true, true>},
+    {"heatmap_peak_dark<bfloat16>", peak_kernel<BFloat16, kThreads, true, true>},
     {"heatmap_soft_argmax<float>", soft_argmax_kernel<float, kThreads, true>},
     {"heatmap_soft_argmax<double>", soft_argmax_kernel<double, kThreads, true>},
     {"heatmap_soft_argmax<half>", soft_argmax_kernel<Half, kThreads, true>},
