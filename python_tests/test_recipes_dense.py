@@ -43,12 +43,12 @@ def test_every_decoding_finds_the_points_of_perfect_maps(loss, sigma):
     maps = ff.render_gaussian(points, sigma, (64, 64))
     if loss == "KL":
         maps = maps.double().clamp_min(1e-300).log().float() + 5 * torch.randn(4, 20, 1, 1, generator=generator)
-    bounds = {"argmax": 0.75, "quarter shift": 0.6, "DARK": 0.05, "DARK-UDP": 0.05}
+    # Half and a quarter of a pixel's diagonal; softmax of a broad map is cut by its window, or by the canvas.
+    bounds = {"argmax": 0.71, "quarter shift": 0.36, "DARK": 1e-3, "DARK-UDP": 1e-3}
     for decoding, decode in dense.DECODINGS.items():
         found = decode(maps, dense.Way(loss, sigma, TINY.beta))
         error = (found - points).norm(dim=-1).max()
-        # The window's peak is a whole pixel; a broad map is cut askew by it, and the background pulls on the mean.
-        assert error < bounds.get(decoding, 0.05 if loss == "KL" and "global" in decoding else 0.8), decoding
+        assert error < bounds.get(decoding, 0.08), decoding
 
 
 @pytest.mark.parametrize("way", [("MSE", 3.0), ("KL", 3.0), ("Adaptive Wing", 3.0), ("MSE", 7.0)])

@@ -24,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -95,12 +96,14 @@ FULL = DenseRecipe(
 LOSSES: dict[str, Callable[..., Tensor]] = {  # of coordinates (pred, points); of maps (maps, points, sigma)
     "wing": ff.wing_loss,
     "L1": functional.l1_loss,
-    "MSE": ff.heatmap_mse_loss,
+    # Weighted as Adaptive Wing weights it: plain, it stays at empty maps for long.
+    "MSE": partial(ff.heatmap_mse_loss, foreground_weight=11.0, mask_threshold=0.2),
     "KL": ff.heatmap_kl_loss,
     "Adaptive Wing": ff.adaptive_wing_loss,
 }
 COORDINATES = ("wing", "L1")
 LOGITS = ("KL",)
+BLUR = 17  # pixels of DARK's kernel: sigma 3; wider ones reach over the border, where they see 0
 
 
 class Way(NamedTuple):
@@ -128,8 +131,8 @@ def _peaked(maps: Tensor, way: Way) -> Tensor:
 DECODINGS: dict[str, Callable[[Tensor, Way], Tensor]] = {
     "argmax": lambda maps, way: ff.peak(maps).points,
     "quarter shift": lambda maps, way: ff.peak(maps, "quarter_sign").points,
-    "DARK": lambda maps, way: ff.peak(_peaked(maps, way), "dark").points,
-    "DARK-UDP": lambda maps, way: ff.peak(_peaked(maps, way), "dark_udp").points,
+    "DARK": lambda maps, way: ff.peak(_peaked(maps, way), "dark", kernel=BLUR).points,
+    "DARK-UDP": lambda maps, way: ff.peak(_peaked(maps, way), "dark_udp", kernel=BLUR).points,
     "soft-argmax, window": lambda maps, way: _soft_argmax(maps, way, True),
     "soft-argmax, global": lambda maps, way: _soft_argmax(maps, way, False),
 }
