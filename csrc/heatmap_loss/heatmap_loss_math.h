@@ -58,7 +58,7 @@ constexpr int kMapWeight = 10;  // a pixel of the dilated target counts 1 + kMap
 enum class SoftmaxLoss : int { kl = 0, js = 1, variance = 2 };
 
 // What the gradient needs of a map, and the forward stores: top, log_total, and for
-//   js: K = sum p log(p / m);   variance: the mean (x, y) and the variances (vx, vy) of p.
+//   js: K = sum p log(p / (p + y));   variance: the mean (x, y) and the variances (vx, vy) of p.
 FF_HD constexpr int statistics_of(SoftmaxLoss loss) {
   return loss == SoftmaxLoss::kl ? 2 : loss == SoftmaxLoss::js ? 3 : 6;
 }
@@ -80,10 +80,13 @@ FF_HD T js_part(T p, T y) {
   return T(0.25) * s * (v < (sizeof(T) == 8 ? T(0.03) : T(0.25)) ? near : far);
 }
 
-// p log(p / m) = p log(2 p / (p + y)), 0 at p = 0; their sum is K, and d JS / dz = (p log(p / m) - p K) / 2.
+// d JS / dz = p (k - K) / 2, k = log(p / (p + y)), K = sum p k: the log 2 of log(p / m) = k + log 2 drops out, and with
+// it the cancellation of a p that hardly meets y. k = 0 where y = 0; p = 0 has no part in K.
 template <class T>
 FF_HD T js_log_ratio(T p, T y) {
-  return p > T(0) ? log(T(2) * (p / (p + y))) : p;  // NaN stays
+  if (!(p > T(0))) return p;  // NaN stays
+  const T s = p + y;
+  return y < p ? log1p(-(y / s)) : log(p / s);
 }
 
 // Variance regulariser: A. Nibali, Z. He, S. Morgan, L. Prendergast, "Numerical coordinate regression with
