@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from itertools import pairwise
 
 import numpy as np
@@ -273,7 +274,7 @@ def test_no_table(tmp_path):
 
 
 def test_tables_need_pyarrow(tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
     (tmp_path / "t.csv").write_text(HEADER + "a.png,1,2,3,4\n")
     with pytest.raises(data.DataError, match=r"need pyarrow: pip install 'fastforest\[csv\]'"):
         dense.CsvFaces(tmp_path / "t.csv")

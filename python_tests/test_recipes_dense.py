@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 
 import pytest
 import torch
@@ -65,11 +66,12 @@ def test_the_losses_of_maps_are_least_at_the_target(way):
 def test_a_run_writes_what_it_promises(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(dense, "DenseRecipe", lambda: TINY)
     out = tmp_path / "out"
-    assert dense.main(["--out", str(out), "--steps", "40"]) == 0
+    assert dense.main(["--out", str(out), "--steps", "80"]) == 0
     assert sorted(path.name for path in out.iterdir()) == FILES
     summary = json.loads((out / "results.json").read_text())
     assert (summary["train"], summary["held_out"], summary["normalizer"]) == (54, 6, "inter_ocular")
-    assert summary["reader"]["images_a_second"] > 0 and summary["reader"]["table_rows"] == 54
+    reader = summary["reader"]
+    assert reader is None or (reader["images_a_second"] > 0 and reader["table_rows"] == 54)
     rows = summary["trainings"]
     assert list(rows) == [
         "coordinates, wing",
@@ -77,8 +79,9 @@ def test_a_run_writes_what_it_promises(tmp_path, monkeypatch, capsys):
         *(f"{loss}, sigma {sigma}" for sigma in (3, 7) for loss in ("MSE", "KL", "Adaptive Wing")),
     ]
     for way, row in rows.items():
-        assert row["steps"] == 40 and row["seconds_a_step"] > 0, way
-        assert row["last_loss"] < 0.95 * row["first_loss"], way
+        assert row["steps"] == 80 and row["seconds_a_step"] > 0, way
+        # Coordinates start at the mean shape, which takes long to better; maps start at nothing.
+        assert row["last_loss"] < (0.99 if row["sigma"] is None else 0.9) * row["first_loss"], way
         assert row["peak_megabytes"] is None or row["peak_megabytes"] >= 0
         wanted = ["coordinates"] if way.startswith("coordinates") else list(dense.DECODINGS)
         assert list(row["decodings"]) == wanted
@@ -91,7 +94,7 @@ def test_a_run_writes_what_it_promises(tmp_path, monkeypatch, capsys):
         with Image.open(out / picture) as image:
             assert image.mode == "RGB" and min(image.size) > 300 and len(set(image.resize((40, 40)).getdata())) > 50
     captured = capsys.readouterr().out
-    assert "written to" in captured and "Adaptive Wing, sigma 7: 40 steps" in captured
+    assert "written to" in captured and "Adaptive Wing, sigma 7: 80 steps" in captured
 
 
 def test_a_run_repeats_itself(tmp_path):
@@ -109,10 +112,12 @@ def test_a_table_is_trained_on_as_it_stands(tmp_path):
     assert (summary["train"], summary["held_out"], summary["reader"]["table_rows"]) == (18, 2, 20)
 
 
-def test_minutes_end_a_training(tmp_path):
+def test_minutes_end_a_training_and_drawn_faces_need_no_pyarrow(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
     recipe = dense.replace(TINY, steps=None, minutes=1e-6)
-    rows = dense.run("synthetic", tmp_path / "out", 0, recipe)["trainings"]
-    assert {row["steps"] for row in rows.values()} == {1}
+    summary = dense.run("synthetic", tmp_path / "out", 0, recipe)
+    assert {row["steps"] for row in summary["trainings"].values()} == {1} and summary["reader"] is None
+    assert "not measured, pyarrow is missing" in (tmp_path / "out" / "results.md").read_text()
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import gc
+import importlib.util
 import json
 import math
 import platform
@@ -192,7 +193,7 @@ def run(
     reader = _reader(name, faces.train, recipe)
     print(
         f"{len(faces.train)} faces of {recipe.size} x {recipe.size} pixels with {recipe.landmarks} landmarks, "
-        f"{len(faces.held_out)} held out; the reader gives {reader['images_a_second']:.0f} images a second",
+        f"{len(faces.held_out)} held out; {_speed(reader)}",
         flush=True,
     )
     ways = [Way(loss, 0.0, 0.0) for loss in COORDINATES]
@@ -218,8 +219,13 @@ def _open(name: str, seed: int, recipe: DenseRecipe, landmarks: int | None) -> F
     return Faces(*training.training_sets(dataset, recipe.size, name), flip, not table)
 
 
-def _reader(name: str, train: data.Cached, recipe: DenseRecipe) -> dict[str, float]:
-    """How fast `CsvFaces` reads: the table itself, or one of at most 256 of the faces, written for this. One thread."""
+def _reader(name: str, train: data.Cached, recipe: DenseRecipe) -> dict[str, float] | None:
+    """How fast `CsvFaces` reads: the table itself, or one of at most 256 of the faces, written for this. One thread.
+
+    None without pyarrow: drawn faces do not need it.
+    """
+    if importlib.util.find_spec("pyarrow") is None:
+        return None
     with tempfile.TemporaryDirectory() as folder:
         given = name.lower().endswith(".csv")
         rows = range(min(len(train), 256))
@@ -238,7 +244,7 @@ def _reader(name: str, train: data.Cached, recipe: DenseRecipe) -> dict[str, flo
 
 
 def _train(
-    way: Way, faces: Faces, reader: dict[str, float], seed: int, recipe: DenseRecipe, device: torch.device
+    way: Way, faces: Faces, reader: dict[str, float] | None, seed: int, recipe: DenseRecipe, device: torch.device
 ) -> Result:
     torch.manual_seed(seed)
     memory = _Memory(device)
@@ -256,7 +262,7 @@ def _train(
         "steps": len(losses),
         "seconds_a_step": round(step, 5),
         "peak_megabytes": peak,
-        "reader_share": round(recipe.batch / reader["images_a_second"] / step, 4),
+        "reader_share": None if reader is None else round(recipe.batch / reader["images_a_second"] / step, 4),
         "first_loss": statistics.fmean(losses[:tenth]),
         "last_loss": statistics.fmean(losses[-tenth:]),
         "decodings": {decoding: _errors(found, truth, faces.known) for decoding, found in points.items()},
@@ -387,7 +393,7 @@ def _write(
     out: Path,
     name: str,
     faces: Faces,
-    reader: dict[str, float],
+    reader: dict[str, float] | None,
     results: dict[str, Result],
     seed: int,
     recipe: DenseRecipe,
@@ -434,20 +440,27 @@ def _markdown(summary: dict[str, Any]) -> str:
         f"{summary['train']} faces to train, {summary['held_out']} held out ({summary['rule'][10:]}), "
         f"{recipe['size']} x {recipe['size']} pixels, {recipe['batch']} faces a step, {length} each, seed "
         f"{summary['seed']}; {where}, {machine['threads']} threads, PyTorch {machine['torch']}. Cells: mean squared "
-        f"distance in pixels squared, NME ({summary['normalizer']}). The reader alone gives "
-        f"{reader['images_a_second']:.0f} images a second (one thread); its share is of a step's time.",
+        f"distance in pixels squared, NME ({summary['normalizer']}). Reader: {_speed(reader)}; the column is its share "
+        "of a step.",
         "",
         f"| training | steps | seconds a step | peak memory, MB | reader | coordinates | {' | '.join(DECODINGS)} |",
         f"|---|{'---|' * (5 + len(DECODINGS))}",
     ]
     for way, row in summary["trainings"].items():
         peak = "" if row["peak_megabytes"] is None else f"{row['peak_megabytes']:.0f}"
-        cells = [str(row["steps"]), f"{row['seconds_a_step']:.3f}", peak, f"{100 * row['reader_share']:.1f} %"]
+        share = "" if row["reader_share"] is None else f"{100 * row['reader_share']:.1f} %"
+        cells = [str(row["steps"]), f"{row['seconds_a_step']:.3f}", peak, share]
         cells += [_cell(row["decodings"].get(decoding)) for decoding in ("coordinates", *DECODINGS)]
         lines.append(f"| {way} | {' | '.join(cells)} |")
     lines.append(f"| mean shape | | | | | {_cell(summary['mean_shape'])} |{' |' * len(DECODINGS)}")
     pictures = [f"![{picture}]({picture}.png)" for picture in ("predictions", "heatmaps", "errors")]
     return "\n".join([*lines, "", *pictures]) + "\n"
+
+
+def _speed(reader: dict[str, float] | None) -> str:
+    if reader is None:
+        return "not measured, pyarrow is missing"
+    return f"{reader['images_a_second']:.0f} images a second in one thread"
 
 
 def _cell(errors: dict[str, float] | None) -> str:

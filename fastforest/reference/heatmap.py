@@ -119,7 +119,9 @@ def _blur(heatmap: Tensor, size: int) -> Tensor:
     return heatmap
 
 
-def _dark(heatmap: Tensor, x: Tensor, y: Tensor, score: Tensor, step: int, low: float, high: float, size: int) -> Tensor:
+def _dark(
+    heatmap: Tensor, x: Tensor, y: Tensor, score: Tensor, step: int, low: float, high: float, size: int
+) -> Tensor:
     """-Hess^-1 grad of l = log clip(s b, low, high) at (x, y); 0 where it is refused. MMPose's formulas."""
     height, width = heatmap.shape[-2:]
     blurred = _blur(heatmap, size)
