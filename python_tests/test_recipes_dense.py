@@ -114,7 +114,7 @@ def test_a_table_is_trained_on_as_it_stands(tmp_path):
 
 def test_minutes_end_a_training_and_drawn_faces_need_no_pyarrow(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    recipe = dense.replace(TINY, steps=None, minutes=1e-6)
+    recipe = dense.replace(TINY, minutes=1e-6)
     summary = dense.run("synthetic", tmp_path / "out", 0, recipe)
     assert {row["steps"] for row in summary["trainings"].values()} == {1} and summary["reader"] is None
     assert "not measured, pyarrow is missing" in (tmp_path / "out" / "results.md").read_text()

@@ -2,7 +2,7 @@
 
 Faces with hundreds of landmarks: 68 points carried along their contours by splines (`data.dense`), or a table that has
 them. Trains a residual network to coordinates (wing, L1) and a U-Net to heatmaps (mean square, Kullback-Leibler,
-Adaptive Wing; two widths of the target), each for the same time; decodes the heatmaps in six ways; measures all of it on
+Adaptive Wing; two widths of the target), each for as many steps; decodes the heatmaps in six ways; measures all of it on
 the held-out tenth (index % 10 == 9). Writes
 
     results.json results.md predictions.png heatmaps.png errors.png
@@ -57,17 +57,17 @@ __all__ = ["DECODINGS", "FULL", "LOSSES", "DenseRecipe", "main", "run"]
 class DenseRecipe:
     """All that is chosen by hand.
 
-    size: side of images and maps, pixels. landmarks: P. faces: how many are drawn. minutes: of each training; steps: of
-    each training, instead of minutes. batch, rate, weight_decay, clip: of AdamW; the rate rises over `warmup` of the run
-    and falls with a cosine. sigmas: of the heatmaps' targets, pixels. beta: of soft-argmax where maps have peak 1 (logits
-    have 1). unet, resnet: keywords of the networks. augment: keywords of `data.Augment`. shown: faces in the pictures.
+    size: side of images and maps, pixels. landmarks: P. faces: how many are drawn. steps: of each training; minutes: of
+    each, instead of steps. batch, rate, weight_decay, clip: of AdamW; the rate rises over `warmup` of the training and
+    falls with a cosine. sigmas: of the heatmaps' targets, pixels. beta: of soft-argmax where maps have peak 1 (logits have
+    1). unet, resnet: keywords of the networks. augment: keywords of `data.Augment`. shown: faces in the pictures.
     """
 
     size: int = 48
     landmarks: int = 136
     faces: int = 1000
-    minutes: float = 0.4
-    steps: int | None = None
+    steps: int = 600
+    minutes: float | None = None
     batch: int = 8
     rate: float = 3e-3
     weight_decay: float = 1e-4
@@ -85,7 +85,7 @@ FULL = DenseRecipe(
     size=128,
     landmarks=971,
     faces=4000,
-    minutes=30.0,
+    steps=4000,
     batch=32,
     rate=1e-3,
     unet={"width": 32, "levels": 5, "features": 128},
@@ -316,7 +316,7 @@ def _descend(
 
 def _progress(steps: int, seconds: float, recipe: DenseRecipe) -> float:
     """Of a training, 1 at its end; there is always a first step."""
-    if recipe.steps is not None:
+    if recipe.minutes is None:
         return steps / recipe.steps
     return seconds / (60 * recipe.minutes) if steps else 0.0
 
@@ -432,7 +432,7 @@ def _write(
 
 def _markdown(summary: dict[str, Any]) -> str:
     recipe, machine, reader = (summary[key] for key in ("recipe", "machine", "reader"))
-    length = f"{recipe['steps']} steps" if recipe["steps"] is not None else f"{recipe['minutes']:g} minutes"
+    length = f"{recipe['steps']} steps" if recipe["minutes"] is None else f"{recipe['minutes']:g} minutes"
     where = machine["processor"] if machine["device"] == "cpu" else machine["device"]
     lines = [
         f"# {recipe['landmarks']} landmarks: coordinates against heatmaps",
@@ -480,8 +480,8 @@ def _predictions(images: Tensor, truth: Tensor, rows: Tensor, results: dict[str,
         line[0].text(-0.04, 0.5, label, transform=line[0].transAxes, color="white", fontsize=9, ha="right", va="center")
         for axes, image, true, pred in zip(line, images, truth, result.points[best][rows], strict=True):
             _face(axes, image)
-            _dots(axes, true, "white", 2.2)
-            _dots(axes, pred, colours, 1.5)
+            _dots(axes, true, "white", 1.6)
+            _dots(axes, pred, colours, 2.2)
     return _rgb(figure)
 
 
@@ -536,14 +536,16 @@ def _error_panels(results: dict[str, Result], summary: dict[str, Any]) -> np.nda
         smooth = np.convolve(result.losses, np.ones(width) / width, mode="valid")
         courses.plot(np.linspace(0, 100, len(smooth)), smooth / smooth[0], color=colour, lw=1.3, label=way)
     courses.set(xlabel="of the training, %", ylabel="loss, over its start", yscale="log")
-    for axes, axis in ((errors, errors.xaxis), (courses, courses.yaxis)):
+    for axes, axis, columns in ((errors, errors.xaxis, 4), (courses, courses.yaxis, 3)):
         axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.set_major_formatter("{x:g}")
         axis.set_minor_locator(NullLocator())
         axes.grid(color="#dddddd", linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_axisbelow(True)
-        axes.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=4)
+        axes.legend(
+            fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.4, -0.13), ncols=columns, columnspacing=1
+        )
     return _rgb(figure)
 
 
@@ -584,8 +586,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--full", action="store_true", help="971 landmarks on 128 x 128 pixels, 32 faces a step")
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--minutes", type=real(0), help="of each of 8 trainings (default: 0.4; full: 30)")
-    length.add_argument("--steps", type=whole(1), help="of each training, instead of minutes")
+    length.add_argument("--steps", type=whole(1), help="of each of 8 trainings (default: 600; full: 4000)")
+    length.add_argument("--minutes", type=real(0), help="of each training, instead of steps")
     parser.add_argument("--size", type=whole(8), help="side of images and maps, pixels (default: 48; full: 128)")
     parser.add_argument("--landmarks", type=whole(1), help="at least 68 (default: 136; full: 971; a table has its own)")
     parser.add_argument("--batch", type=whole(2), help="faces a step (default: 8; full: 32)")
