@@ -537,7 +537,7 @@ def _error_panels(results: dict[str, Result], summary: dict[str, Any]) -> np.nda
         courses.plot(np.linspace(0, 100, len(smooth)), smooth / smooth[0], color=colour, lw=1.3, label=way)
     courses.set(xlabel="of the training, %", ylabel="loss, over its start", yscale="log")
     for axes, axis, columns in ((errors, errors.xaxis, 4), (courses, courses.yaxis, 3)):
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 6, 8)))
         axis.set_major_formatter("{x:g}")
         axis.set_minor_locator(NullLocator())
         axes.grid(color="#dddddd", linewidth=0.6)
