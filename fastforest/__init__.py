@@ -14,6 +14,7 @@ from fastforest import nn
 from fastforest.ops.categorical import *
 from fastforest.ops.gaussian import *
 from fastforest.ops.heatmap import *
+from fastforest.ops.heatmap_loss import *
 from fastforest.ops.pool import *
 from fastforest.ops.routing import *
 

@@ -9,19 +9,25 @@ from fastforest.nn.categorical import (
 )
 from fastforest.nn.gaussian import GaussianForest, GaussianMixture
 from fastforest.nn.heatmap import PeakDecoder, SoftArgmax2d
+from fastforest.nn.heatmap_loss import AdaptiveWingLoss, HeatmapJSLoss, HeatmapKLLoss, HeatmapMSELoss, WingLoss
 from fastforest.nn.pool import LeafPool
 from fastforest.nn.routing import SoftForest
 
 __all__ = [
+    "AdaptiveWingLoss",
     "GaussianForest",
     "GaussianMixture",
     "HeatmapDistribution",
     "HeatmapForest",
+    "HeatmapJSLoss",
+    "HeatmapKLLoss",
+    "HeatmapMSELoss",
     "LabelDistribution",
     "LabelDistributionForest",
     "LeafPool",
     "PeakDecoder",
     "SoftArgmax2d",
     "SoftForest",
+    "WingLoss",
     "group_landmarks",
 ]
