@@ -562,7 +562,8 @@ __device__ __forceinline__ void finish_unread(const SoftmaxLossParams<T>& p, int
 // is the floor for every type. There JS takes about 100 (its logarithms must be precise, since p - y cancels): the
 // floor again while these are few, sigma up to 2 on 128 x 128 pixels; beyond, 0.1 ms for every tenth of the pixels.
 template <SoftmaxLoss kLoss, class T, bool kPacked>
-__global__ void __launch_bounds__(kMostThreads<Compute<T>>) divergence_kernel(SoftmaxLossParams<T> p) {
+__global__ void __launch_bounds__(kMostThreads<Compute<T>>, 1)  // 1: ptxas may take what it needs, else JS spills
+    divergence_kernel(SoftmaxLossParams<T> p) {
   using C = Compute<T>;
   constexpr int kSize = Item<T, kPacked>::kSize, kStatistics = statistics_of(kLoss);
   constexpr bool kKl = kLoss == SoftmaxLoss::kl;
