@@ -1,17 +1,17 @@
 // CUDA kernels of the heatmap losses: heatmap_loss_cuda.cu builds them for float, heatmap_loss_cuda_half.cu for the
 // 16-bit types, heatmap_loss_cuda_double.cu for double.
 //
-// One scheme. Forward, a block owns a map; backward, a block owns some rows of a map. A thread owns every
-// blockDim.x-th item of it, an item being 16 bytes where rows are made of whole, aligned ones, and otherwise a pixel.
-// A warp's loads are neighbours, and a thread has kUnroll of them in flight: the first ones leave before the tables of
-// the target are filled. A block shares these tables: the Gaussians of both axes, H + W exponentials, of which a
-// pixel's target is a product. No atomics, and the order of every sum depends on the map's size and the layout alone:
-// results repeat, whatever else is in the batch.
+// One scheme. Forward, a block owns a map; backward, a block owns some rows of a map. A thread owns a column of items,
+// every k-th of it, an item being 16 bytes where rows are made of whole, aligned ones, and otherwise a pixel: what
+// depends on x alone stays in its registers. A warp's loads are neighbours, and a thread has kUnroll of them in flight:
+// the first ones leave before the tables of the target are filled. A block shares these tables: the Gaussians of both
+// axes, H + W exponentials, of which a pixel's target is a product. No atomics, and the order of every sum depends on
+// the map's size and strides alone: results repeat, whatever else is in the batch.
 //
 // Time, of 509 million pixels (B 32, P 971, 128 x 128), on an H200 (4.8 TB/s; 132 SMs at 1.98 GHz issue 3.3e13
 // instructions of a lane a second, 4.2e12 of them transcendental): forward reads 2.04 GB of float, 0.42 ms, in which a
 // pixel has time for 27 instructions, 3 of them transcendental; backward moves twice that, 0.85 ms. The 16-bit types
-// take half the time and leave half the instructions. Every kernel says below what it needs.
+// take half the time and leave half the instructions. Every kernel says below what it needs, as compiled for sm_90.
 #pragma once
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
@@ -169,24 +169,19 @@ struct Region {
   int x, y, columns, rows;
 };
 
-// The items of this thread, in ascending order.
-class Cursor {
- public:
-  int x, y;
+// How a block shares a region out: `lanes` threads side by side, as many rows of them as fit. Regions of more columns
+// than threads are walked in strips of as many lanes.
+struct Lanes {
+  int lanes, column, row, rows;  // this thread's first column and row; rows the block takes at once
 
-  __device__ __forceinline__ explicit Cursor(int columns)
-      : y(int(threadIdx.x) / columns), columns_(columns), step_y_(int(blockDim.x) / columns) {
-    x = int(threadIdx.x) - y * columns;
-    step_x_ = int(blockDim.x) - step_y_ * columns;
+  __device__ __forceinline__ explicit Lanes(const Region& region) {
+    const int threads = int(blockDim.x), strips = (region.columns + threads - 1) / threads;
+    lanes = (region.columns + strips - 1) / strips;
+    rows = threads / lanes;
+    row = int(threadIdx.x) / lanes;
+    column = int(threadIdx.x) - row * lanes;
+    if (row >= rows) row = region.rows;  // threads to spare
   }
-  __device__ __forceinline__ void next() {
-    x += step_x_;
-    y += step_y_;
-    if (x >= columns_) x -= columns_, ++y;
-  }
-
- private:
-  int columns_, step_x_, step_y_;
 };
 
 template <class T, bool kPacked>
@@ -196,36 +191,51 @@ class Walk {
   static constexpr int kSize = Pixels::kSize;
 
   __device__ __forceinline__ Walk(const T* map, const Maps<const T>& m, Region region)
-      : map_(map), row_(m.row), column_(m.column), region_(region), here_(region.columns), ahead_(here_) {}
-
-  // The next kUnroll items leave memory.
-  __device__ __forceinline__ void load() {
-#pragma unroll
-    for (int k = 0; k < kUnroll<T>; ++k) {
-      const int x = region_.x + ahead_.x * kSize, y = region_.y + ahead_.y;
-      if (ahead_.y < region_.rows) items_[k].load(map_ + (kPacked ? y * row_ + x : y * row_ + x * column_));
-      ahead_.next();
-    }
+      : region_(region), at_(region), row_(m.row), column_(kPacked ? kSize : m.column) {
+    map_ = map + region.y * row_ + (kPacked ? region.x : region.x * m.column);
+    begin(at_.column);
   }
 
-  // body(item, x, y) for all items, after the first load().
-  template <class Body>
-  __device__ __forceinline__ void each(const Body& body) {
-    while (here_.y < region_.rows) {
+  // body(what, item, y) for all items of this thread, in ascending order; what = column(x), made once for a column.
+  template <class Column, class Body>
+  __device__ __forceinline__ void each(const Column& column, const Body& body) {
+    for (int x = at_.column;;) {
+      const auto what = column(region_.x + x * kSize);
+      while (y_ < region_.rows) {
 #pragma unroll
-      for (int k = 0; k < kUnroll<T>; ++k) {
-        if (here_.y < region_.rows) body(items_[k], region_.x + here_.x * kSize, region_.y + here_.y);
-        here_.next();
+        for (int k = 0; k < kUnroll<T>; ++k)
+          if (y_ + k * at_.rows < region_.rows) body(what, items_[k], region_.y + y_ + k * at_.rows);
+        y_ += kUnroll<T> * at_.rows;
+        load();
       }
-      load();
+      x += at_.lanes;
+      if (x >= region_.columns) return;
+      begin(x);
     }
   }
 
  private:
-  const T* map_;
-  int64_t row_, column_;
+  __device__ __forceinline__ void begin(int x) {
+    y_ = at_.row;
+    next_ = map_ + y_ * row_ + x * column_;
+    load();
+  }
+
+  // The next kUnroll items leave memory.
+  __device__ __forceinline__ void load() {
+    const int64_t step = at_.rows * row_;
+#pragma unroll
+    for (int k = 0; k < kUnroll<T>; ++k) {
+      if (y_ + k * at_.rows < region_.rows) items_[k].load(next_);
+      next_ += step;
+    }
+  }
+
   Region region_;
-  Cursor here_, ahead_;
+  Lanes at_;
+  int64_t row_, column_;
+  const T *map_, *next_;
+  int y_;
   Pixels items_[kUnroll<T>];
 };
 
@@ -340,16 +350,26 @@ __device__ __forceinline__ void load_axis(const C* gx, int x, C (&out)[kSize]) {
   }
 }
 
+// What a thread keeps of a column of items.
+template <int kSize, class C>
+struct AxisPart {
+  int64_t at;  // the column's place in a row of the gradient
+  C gx[kSize];
+
+  AxisPart() = default;
+  __device__ __forceinline__ AxisPart(const C* axis, int x, int64_t stride) : at(x * stride) { load_axis(axis, x, gx); }
+};
+
 // The same value for all pixels of a block's region.
 template <class T, bool kPacked>
 __device__ __forceinline__ void write_all(T* map, const Maps<T>& m, Region region, Compute<T> value) {
   Item<T, kPacked> item;
 #pragma unroll
   for (T& v : item.value) v = T(value);
-  for (Cursor at(region.columns); at.y < region.rows; at.next()) {
-    const int64_t y = region.y + at.y, x = at.x * item.kSize;
-    item.store(map + (kPacked ? y * m.row + x : y * m.row + x * m.column));
-  }
+  const Lanes at(region);
+  for (int64_t y = at.row; y < region.rows; y += at.rows)
+    for (int64_t x = at.column; x < region.columns; x += at.lanes)
+      item.store(map + (region.y + y) * m.row + x * (kPacked ? item.kSize : m.column));
 }
 
 // Losses by pixel: value and gradient of the prediction z against the target y, up to the factor `scale`.
@@ -409,17 +429,30 @@ struct Ground {
         width(s.width),
         height(s.height) {}
 
+  __device__ __forceinline__ C near_x(int px) const { return nearest_distance(x, px, f.radius, width); }
+
   template <int kSize>
-  __device__ __forceinline__ void weights(int px, int py, C (&out)[kSize]) const {
+  __device__ __forceinline__ void weights(const C (&near)[kSize], int py, C (&out)[kSize]) const {
 #pragma unroll
     for (int j = 0; j < kSize; ++j) out[j] = f.outside;
     if (!(fabs(C(py) - y) <= reach)) return;
     const C limit = cut - nearest_distance(y, py, f.radius, height);
 #pragma unroll
-    for (int j = 0; j < kSize; ++j) {
-      const C near = nearest_distance(x, px + j, f.radius, width);
-      if (kClosed ? near <= limit : near < limit) out[j] = f.inside;
-    }
+    for (int j = 0; j < kSize; ++j)
+      if (kClosed ? near[j] <= limit : near[j] < limit) out[j] = f.inside;
+  }
+};
+
+// With the squared distances of the foreground along x.
+template <int kSize, class C>
+struct PixelColumn : AxisPart<kSize, C> {
+  C near[kSize];
+
+  template <class G>
+  __device__ __forceinline__ PixelColumn(const C* axis, const G& ground, int x, int64_t stride)
+      : AxisPart<kSize, C>(axis, x, stride) {
+#pragma unroll
+    for (int j = 0; j < kSize; ++j) near[j] = ground.near_x(x + j);
   }
 };
 
@@ -441,7 +474,6 @@ __global__ void __launch_bounds__(kMostThreads<Compute<T>>)
   }
   // 1. the first reads leave; the target
   Walk<T, kPacked> walk(map_of(p.pred, p.size, r), p.pred, block_region<kSize>(p.size));
-  walk.load();
   Target<C> target;
   fill_target<false>(target, axes, row, p.size, shared);
   const Ground<C, Loss::kClosed> ground(foreground, row, p.size, C(1));
@@ -449,14 +481,14 @@ __global__ void __launch_bounds__(kMostThreads<Compute<T>>)
 
   // 2. this thread's share of the sum, item by item
   C sum[1] = {};
-  walk.each([&](const auto& item, int x, int y) {
-    C gx[kSize], weight[kSize];
-    load_axis(target.gx, x, gx);
-    ground.weights(x, y, weight);
+  const auto column = [&](int x) { return PixelColumn<kSize, C>(target.gx, ground, x, 1); };
+  walk.each(column, [&](const auto& what, const auto& item, int y) {
+    C weight[kSize];
+    ground.weights(what.near, y, weight);
     const C gy = target.gy[y];
     C part = C(0);
 #pragma unroll
-    for (int j = 0; j < kSize; ++j) part += weight[j] * loss.value(C(item.value[j]), gx[j] * gy);
+    for (int j = 0; j < kSize; ++j) part += weight[j] * loss.value(C(item.value[j]), what.gx[j] * gy);
     sum[0] += part;
   });
 
@@ -486,22 +518,22 @@ __global__ void __launch_bounds__(kThreads)
     return;
   }
   Walk<T, kPacked> walk(map_of(p.pred, p.size, r), p.pred, region);
-  walk.load();
   Target<C> target;
   fill_target<false>(target, axes, row, p.size, shared);
   const C factor = grad_loss[r] * row.weight * loss.scale / (C(p.size.height) * C(p.size.width));
   const Ground<C, Loss::kClosed> ground(foreground, row, p.size, factor);
   __syncthreads();
 
-  walk.each([&](const auto& item, int x, int y) {
-    C gx[kSize], weight[kSize];
-    load_axis(target.gx, x, gx);
-    ground.weights(x, y, weight);
+  const int64_t stride = kPacked ? 1 : grad_pred.column;
+  const auto column = [&](int x) { return PixelColumn<kSize, C>(target.gx, ground, x, stride); };
+  walk.each(column, [&](const auto& what, const auto& item, int y) {
+    C weight[kSize];
+    ground.weights(what.near, y, weight);
     const C gy = target.gy[y];
     Item<T, kPacked> out;
 #pragma unroll
-    for (int j = 0; j < kSize; ++j) out.value[j] = T(weight[j] * loss.gradient(C(item.value[j]), gx[j] * gy));
-    out.store(grad + (kPacked ? y * grad_pred.row + x : y * grad_pred.row + x * grad_pred.column));
+    for (int j = 0; j < kSize; ++j) out.value[j] = T(weight[j] * loss.gradient(C(item.value[j]), what.gx[j] * gy));
+    out.store(grad + y * grad_pred.row + what.at);
   });
 }
 
@@ -579,7 +611,6 @@ __global__ void __launch_bounds__(kMostThreads<Compute<T>>, 1)  // 1: ptxas may 
   // 1. the first reads leave; the target
   const T* map = map_of(p.maps.pred, s, r);
   Walk<T, kPacked> walk(map, p.maps.pred, block_region<kSize>(s));
-  walk.load();
   C pivot = C(0);
   if constexpr (kKl) {
     const auto nearest = [](C centre, int size) { return int(max(C(0), min(rint(centre), C(size - 1)))); };
@@ -592,7 +623,8 @@ __global__ void __launch_bounds__(kMostThreads<Compute<T>>, 1)  // 1: ptxas may 
 
   // 2. this thread's sums: of e, and of y (z - pivot), or of e where y = 0
   C top = C(-INFINITY), total = C(0), other = C(0);
-  walk.each([&](const auto& item, int x, int y) {
+  const auto column = [&](int x) { return AxisPart<kSize, C>(target.gx, x, 1); };
+  walk.each(column, [&](const auto& what, const auto& item, int y) {
     C z[kSize], e[kSize];
 #pragma unroll
     for (int j = 0; j < kSize; ++j) z[j] = C(item.value[j]);
@@ -612,15 +644,13 @@ __global__ void __launch_bounds__(kMostThreads<Compute<T>>, 1)  // 1: ptxas may 
       if (!kKl) other += part;
       return;
     }
-    C gx[kSize];
-    load_axis(target.gx, x, gx);
     part = C(0);
 #pragma unroll
     for (int j = 0; j < kSize; ++j) {
       if constexpr (kKl) {
-        part += gx[j] > C(0) ? gx[j] * (z[j] - pivot) : C(0);  // a masked pixel, 0 * -inf, counts 0
+        part += what.gx[j] > C(0) ? what.gx[j] * (z[j] - pivot) : C(0);  // a masked pixel, 0 * -inf, counts 0
       } else {
-        part += gx[j] > C(0) ? C(0) : e[j];
+        part += what.gx[j] > C(0) ? C(0) : e[j];
       }
     }
     other += kKl ? gy * part : part;
@@ -640,14 +670,14 @@ __global__ void __launch_bounds__(kMostThreads<Compute<T>>, 1)  // 1: ptxas may 
     const Region seen{target.x.begin, target.y.begin, target.x.end - target.x.begin, target.y.end - target.y.begin};
     if (seen.columns > 0) {
       Walk<T, false> again(map, p.maps.pred, seen);
-      again.load();
-      again.each([&](const auto& item, int x, int y) {
-        const C goal = target.gx[x] * target.gy[y];
-        if (!(goal > C(0))) return;
-        const C q = fast_exp2((C(item.value[0]) - block_top) * C(kLog2E) - log2_total);
-        parts[0] += js_part(q, goal);
-        parts[1] += q * js_log_ratio(q, goal);
-      });
+      again.each([&](int x) { return target.gx[x]; },
+                 [&](C gx, const auto& item, int y) {
+                   const C goal = gx * target.gy[y];
+                   if (!(goal > C(0))) return;
+                   const C q = fast_exp2((C(item.value[0]) - block_top) * C(kLog2E) - log2_total);
+                   parts[0] += js_part(q, goal);
+                   parts[1] += q * js_log_ratio(q, goal);
+                 });
     }
     block_sums(parts, shared_sums);
     loss = parts[0] + C(0.5 * kLog2) * (sums[1] / sums[0]);
@@ -673,36 +703,36 @@ __global__ void __launch_bounds__(kMostThreads<Compute<T>>) variance_kernel(Soft
   if (row.weight == C(0) || !row.valid)  // the same for all threads
     return finish_unread(p, r, kStatistics, row.weight == C(0) ? C(0) : C(NAN));
   Walk<T, kPacked> walk(map_of(p.maps.pred, s, r), p.maps.pred, block_region<kSize>(s));
-  walk.load();
 
   // 1. this thread's moments
   Moments<C> m{C(-INFINITY), 0, 0, 0, 0, 0, 0, 0};
-  walk.each([&](const auto& item, int x, int y) {
-    C z[kSize];
+  walk.each([](int x) { return x; },
+            [&](int x, const auto& item, int y) {
+              C z[kSize];
 #pragma unroll
-    for (int j = 0; j < kSize; ++j) z[j] = C(item.value[j]);
-    const C highest = largest(z);
-    if (highest > m.top) {
-      C where = C(x);
+              for (int j = 0; j < kSize; ++j) z[j] = C(item.value[j]);
+              const C highest = largest(z);
+              if (highest > m.top) {
+                C where = C(x);
 #pragma unroll
-      for (int j = 1; j < kSize; ++j)
-        if (z[j] == highest) where = C(x + j);
-      m.rescale(highest);
-      m.move(where, C(y));
-    }
-    const C dx = C(x) - m.px, dy = C(y) - m.py;
-    C part = C(0);
+                for (int j = 1; j < kSize; ++j)
+                  if (z[j] == highest) where = C(x + j);
+                m.rescale(highest);
+                m.move(where, C(y));
+              }
+              const C dx = C(x) - m.px, dy = C(y) - m.py;
+              C part = C(0);
 #pragma unroll
-    for (int j = 0; j < kSize; ++j) {
-      const C e = exp_below(z[j], m.top), d = dx + C(j), first = e * d;
-      part += e;
-      m.x += first;
-      m.xx += first * d;
-    }
-    m.total += part;
-    m.y += part * dy;
-    m.yy += part * dy * dy;
-  });
+              for (int j = 0; j < kSize; ++j) {
+                const C e = exp_below(z[j], m.top), d = dx + C(j), first = e * d;
+                part += e;
+                m.x += first;
+                m.xx += first * d;
+              }
+              m.total += part;
+              m.y += part * dy;
+              m.yy += part * dy * dy;
+            });
 
   // 2. reduce: to one top, for a pixel near the mean; then all moments about that pixel
   m.rescale(block_max(m.top, shared));
@@ -742,40 +772,40 @@ __global__ void __launch_bounds__(kThreads) softmax_backward_kernel(SoftmaxLossB
     return;
   }
   Walk<T, kPacked> walk(map_of(p.pred, p.size, r), p.pred, region);
-  walk.load();
   const C* statistics = b.forward.statistics + int64_t(r) * kStatistics;
   const C top = statistics[0], log2_total = statistics[1] * C(kLog2E), factor = b.grad_loss[r] * row.weight;
   const auto probability = [&](T z) { return fast_exp2((C(z) - top) * C(kLog2E) - log2_total); };
-  const auto store = [&](const auto& out, int x, int y) {
-    out.store(grad + (kPacked ? y * b.grad_pred.row + x : y * b.grad_pred.row + x * b.grad_pred.column));
-  };
+  const int64_t stride = kPacked ? 1 : b.grad_pred.column;
 
   if constexpr (kLoss == SoftmaxLoss::variance) {
     const C mean_x = statistics[2], mean_y = statistics[3], vx = statistics[4], vy = statistics[5];
     const C square = row.sigma * row.sigma, a = C(2) * factor * (vx - square), c = C(2) * factor * (vy - square);
-    walk.each([&](const auto& item, int x, int y) {
-      const C dx = C(x) - mean_x, dy = C(y) - mean_y, base = c * (dy * dy - vy);
+    const auto column = [&](int x) {
+      AxisPart<kSize, C> part;
+      part.at = x * stride;
+#pragma unroll
+      for (int j = 0; j < kSize; ++j) part.gx[j] = a * ((C(x + j) - mean_x) * (C(x + j) - mean_x) - vx);
+      return part;
+    };
+    walk.each(column, [&](const auto& what, const auto& item, int y) {
+      const C dy = C(y) - mean_y, base = c * (dy * dy - vy);
       Item<T, kPacked> out;
 #pragma unroll
-      for (int j = 0; j < kSize; ++j) {
-        const C d = dx + C(j);
-        out.value[j] = T(probability(item.value[j]) * (a * (d * d - vx) + base));
-      }
-      store(out, x, y);
+      for (int j = 0; j < kSize; ++j) out.value[j] = T(probability(item.value[j]) * (what.gx[j] + base));
+      out.store(grad + y * b.grad_pred.row + what.at);
     });
   } else {
     Target<C> target;
     fill_target<true>(target, axes, row, p.size, shared);
     __syncthreads();
     const C mean = kLoss == SoftmaxLoss::js ? statistics[2] : C(0), half = C(0.5) * factor;
-    walk.each([&](const auto& item, int x, int y) {
-      C gx[kSize];
-      load_axis(target.gx, x, gx);
+    const auto column = [&](int x) { return AxisPart<kSize, C>(target.gx, x, stride); };
+    walk.each(column, [&](const auto& what, const auto& item, int y) {
       const C gy = kLoss == SoftmaxLoss::kl ? target.gy[y] * factor : target.gy[y];
       Item<T, kPacked> out;
 #pragma unroll
       for (int j = 0; j < kSize; ++j) {
-        const C q = probability(item.value[j]), goal = gx[j] * gy;
+        const C q = probability(item.value[j]), goal = what.gx[j] * gy;
         if constexpr (kLoss == SoftmaxLoss::kl) {
           out.value[j] = T(q * factor - goal);
         } else {
@@ -784,18 +814,19 @@ __global__ void __launch_bounds__(kThreads) softmax_backward_kernel(SoftmaxLossB
           out.value[j] = T(half * q * k);
         }
       }
-      store(out, x, y);
+      out.store(grad + y * b.grad_pred.row + what.at);
     });
   }
 }
 
 // Launches.
 
-// Forward: a block a map, whose size alone decides how large the block is.
-template <class C>
-int forward_threads(const HeatmapLossSize& s) {
-  const int pixels = s.height * s.width;
-  return pixels <= kSmallPixels ? kSmallThreads : pixels <= kLargePixels ? kThreads : kMostThreads<C>;
+// A block's threads: about as many as the map's size asks for, in whole rows of items where that is possible.
+inline int threads_of(const HeatmapLossSize& s, int item, int most) {
+  const int pixels = s.height * s.width, columns = s.width / item;
+  const int wanted = pixels <= kSmallPixels ? kSmallThreads : pixels <= kLargePixels ? kThreads : most;
+  const int strips = (columns + wanted - 1) / wanted, lanes = (columns + strips - 1) / strips;
+  return (wanted / lanes * lanes + 31) / 32 * 32;
 }
 
 template <class C, class Kernel, class... Params>
@@ -809,32 +840,42 @@ int launch_maps(const HeatmapLossSize& s, int threads, int slices, Kernel kernel
   return cudaGetLastError();
 }
 
-template <class C, class Kernel, class... Params>
-int launch_forward(const HeatmapLossSize& s, Kernel kernel, CUstream_st* stream, const Params&... params) {
-  return launch_maps<C>(s, forward_threads<C>(s), 1, kernel, stream, params...);
+// Items of one pixel or of a pack.
+template <class T>
+int item_of(bool packed) {
+  return packed ? Item<T, true>::kSize : 1;
+}
+
+// Forward: a block a map.
+template <class T, class Kernel, class... Params>
+int launch_forward(const HeatmapLossSize& s, bool packed, Kernel kernel, CUstream_st* stream, const Params&... params) {
+  const int threads = threads_of(s, item_of<T>(packed), kMostThreads<Compute<T>>);
+  return launch_maps<Compute<T>>(s, threads, 1, kernel, stream, params...);
 }
 
 // Backward: a block some rows of a map, alike but for the last.
-template <class C, class Kernel, class... Params>
-int launch_backward(const HeatmapLossSize& s, Kernel kernel, CUstream_st* stream, const Params&... params) {
-  const int threads = s.height * s.width <= kSmallPixels ? kSmallThreads : kThreads;
+template <class T, class Kernel, class... Params>
+int launch_backward(const HeatmapLossSize& s, bool packed, Kernel kernel, CUstream_st* stream,
+                    const Params&... params) {
+  const int threads = threads_of(s, item_of<T>(packed), kThreads);
   const int most = s.width < kSlicePixels ? kSlicePixels / s.width : 1;  // rows of a slice
-  return launch_maps<C>(s, threads, (s.height + most - 1) / most, kernel, stream, params...);
+  return launch_maps<Compute<T>>(s, threads, (s.height + most - 1) / most, kernel, stream, params...);
 }
 
 template <class T, class Loss>
 int pixel_loss(const HeatmapLossParams<T>& p, const Loss& loss, const Foreground<Compute<T>>& f, CUstream_st* stream) {
-  auto kernel = packs(p.pred, p.size) ? pixel_loss_kernel<T, kPacks<T>, Loss> : pixel_loss_kernel<T, false, Loss>;
-  return launch_forward<Compute<T>>(p.size, kernel, stream, p, loss, f);
+  const bool packed = packs(p.pred, p.size);
+  auto kernel = packed ? pixel_loss_kernel<T, kPacks<T>, Loss> : pixel_loss_kernel<T, false, Loss>;
+  return launch_forward<T>(p.size, packed, kernel, stream, p, loss, f);
 }
 
 template <class T, template <class> class Forward, class Loss>
 int pixel_loss_backward(const HeatmapLossBackwardParams<T, Forward>& b, const Loss& loss,
                         const Foreground<Compute<T>>& f, CUstream_st* stream) {
   const HeatmapLossParams<T>& p = b.forward.maps;
-  auto kernel = packs(p.pred, p.size) && packs(b.grad_pred, p.size) ? pixel_loss_backward_kernel<T, kPacks<T>, Loss>
-                                                                    : pixel_loss_backward_kernel<T, false, Loss>;
-  return launch_backward<Compute<T>>(p.size, kernel, stream, p, b.grad_loss, b.grad_pred, loss, f);
+  const bool packed = packs(p.pred, p.size) && packs(b.grad_pred, p.size);
+  auto kernel = packed ? pixel_loss_backward_kernel<T, kPacks<T>, Loss> : pixel_loss_backward_kernel<T, false, Loss>;
+  return launch_backward<T>(p.size, packed, kernel, stream, p, b.grad_loss, b.grad_pred, loss, f);
 }
 
 template <class T>
@@ -856,17 +897,17 @@ Wing<Compute<T>, kSmall> wing_of(const AdaptiveWingParams<T>& p) {
 
 template <SoftmaxLoss kLoss, class T>
 int divergence(const SoftmaxLossParams<T>& p, CUstream_st* stream) {
-  auto kernel =
-      packs(p.maps.pred, p.maps.size) ? divergence_kernel<kLoss, T, kPacks<T>> : divergence_kernel<kLoss, T, false>;
-  return launch_forward<Compute<T>>(p.maps.size, kernel, stream, p);
+  const bool packed = packs(p.maps.pred, p.maps.size);
+  auto kernel = packed ? divergence_kernel<kLoss, T, kPacks<T>> : divergence_kernel<kLoss, T, false>;
+  return launch_forward<T>(p.maps.size, packed, kernel, stream, p);
 }
 
 template <SoftmaxLoss kLoss, class T>
 int softmax_backward(const SoftmaxLossBackwardParams<T>& b, CUstream_st* stream) {
   const HeatmapLossSize& s = b.forward.maps.size;
-  auto kernel = packs(b.forward.maps.pred, s) && packs(b.grad_pred, s) ? softmax_backward_kernel<kLoss, T, kPacks<T>>
-                                                                       : softmax_backward_kernel<kLoss, T, false>;
-  return launch_backward<Compute<T>>(s, kernel, stream, b);
+  const bool packed = packs(b.forward.maps.pred, s) && packs(b.grad_pred, s);
+  auto kernel = packed ? softmax_backward_kernel<kLoss, T, kPacks<T>> : softmax_backward_kernel<kLoss, T, false>;
+  return launch_backward<T>(s, packed, kernel, stream, b);
 }
 
 }  // namespace
@@ -902,8 +943,9 @@ int softmax_loss_cuda(const SoftmaxLossParams<T>& p, CUstream_st* stream) {
     case SoftmaxLoss::js: return divergence<SoftmaxLoss::js>(p, stream);
     case SoftmaxLoss::variance: break;
   }
-  auto kernel = packs(p.maps.pred, p.maps.size) ? variance_kernel<T, kPacks<T>> : variance_kernel<T, false>;
-  return launch_forward<Compute<T>>(p.maps.size, kernel, stream, p);
+  const bool packed = packs(p.maps.pred, p.maps.size);
+  auto kernel = packed ? variance_kernel<T, kPacks<T>> : variance_kernel<T, false>;
+  return launch_forward<T>(p.maps.size, packed, kernel, stream, p);
 }
 
 template <class T>
