@@ -34,13 +34,13 @@ constexpr int kThreads = 256;        // a block, but for
 constexpr int kSmallThreads = 32;    // of a map of at most kSmallPixels
 constexpr int kSmallPixels = 1024;   //
 constexpr int kLargePixels = 32768;  // and, forward, kMostThreads of a map of more than that
+constexpr int kMostThreads = 512;
+constexpr int kBlocks = 1;           // on an SM: said, or ptxas would sooner spill than pass 64 registers
 constexpr int kSlicePixels = 32768;  // backward: a block's rows hold about so many at most
 template <class T>
 constexpr int kUnroll = sizeof(T) == 8 ? 2 : 4;  // loads a thread has in flight
 constexpr double kLog2E = 1.4426950408889634;
 constexpr double kLog2 = 0.6931471805599453;
-template <class C>
-constexpr int kMostThreads = sizeof(C) == 8 ? 512 : 1024;
 
 // Functions. The fast ones cost one transcendental instruction of the GPU.
 
@@ -372,7 +372,8 @@ __device__ __forceinline__ void write_all(T* map, const Maps<T>& m, Region regio
       item.store(map + (region.y + y) * m.row + x * (kPacked ? item.kSize : m.column));
 }
 
-// Losses by pixel: value and gradient of the prediction z against the target y, up to the factor `scale`.
+// Losses by pixel: value and gradient of the prediction z against the target y, up to the factor `scale`. Where
+// `beyond`, which is seldom, `rest` comes on top of the value: whole warps pass it by.
 
 template <class C>
 struct Square {
@@ -380,6 +381,8 @@ struct Square {
   C scale;
 
   __device__ __forceinline__ C value(C z, C y) const { return (z - y) * (z - y); }
+  __device__ __forceinline__ bool beyond(C, C) const { return false; }
+  __device__ __forceinline__ C rest(C, C) const { return C(0); }
   __device__ __forceinline__ C gradient(C z, C y) const { return C(2) * (z - y); }
 };
 
@@ -390,18 +393,22 @@ struct Wing {
   static constexpr bool kClosed = true;  // foreground: y >= threshold
   C scale, alpha, theta, inverse_theta, log2_epsilon;
 
+  __device__ __forceinline__ C power(C d, C y) const {  // 0 at d = 0
+    return fast_exp2((alpha - y) * (fast_log2(d) - log2_epsilon));
+  }
   __device__ __forceinline__ C value(C z, C y) const {
-    const C d = fabs(z - y), a = alpha - y, e = min(d, theta);
-    const C q = fast_exp2(a * (fast_log2(e) - log2_epsilon));  // 0 at d = 0
-    C v = kSmall ? log1p_small(q) : log1p(q);
-    if (!(d <= theta)) v += a * q * fast_inverse(q + C(1)) * ((d - e) * inverse_theta);  // NaN comes here
-    return v;
+    const C q = power(min(C(fabs(z - y)), theta), y);
+    return kSmall ? log1p_small(q) : log1p(q);
+  }
+  __device__ __forceinline__ bool beyond(C z, C y) const { return !(fabs(z - y) <= theta); }  // NaN is
+  __device__ __forceinline__ C rest(C z, C y) const {
+    const C q = power(theta, y);
+    return (alpha - y) * q * fast_inverse(q + C(1)) * ((fabs(z - y) - theta) * inverse_theta);
   }
   __device__ __forceinline__ C gradient(C z, C y) const {
     constexpr C kLeast = sizeof(C) == 4 ? C(1e-37) : C(1e-300);  // its inverse is finite
-    const C r = z - y, a = alpha - y, e = max(min(C(fabs(r)), theta), kLeast);
-    const C q = fast_exp2(a * (fast_log2(e) - log2_epsilon));
-    const C slope = a * q * fast_inverse((q + C(1)) * e);
+    const C r = z - y, e = max(min(C(fabs(r)), theta), kLeast), q = power(e, y);
+    const C slope = (alpha - y) * q * fast_inverse((q + C(1)) * e);
     return r > C(0) ? slope : r < C(0) ? -slope : r;  // 0 at 0, NaN stays
   }
 };
@@ -460,7 +467,7 @@ struct PixelColumn : AxisPart<kSize, C> {
 // of them transcendental (log2, exp2), and three more where |z - y| > theta (an inverse): the read is the floor in
 // float, and 16-bit maps take about 1.6 times theirs. Rows within the dilated target take 10 instructions more.
 template <class T, bool kPacked, class Loss>
-__global__ void __launch_bounds__(kMostThreads<Compute<T>>)
+__global__ void __launch_bounds__(kMostThreads, kBlocks)
     pixel_loss_kernel(HeatmapLossParams<T> p, Loss loss, Foreground<Compute<T>> foreground) {
   using C = Compute<T>;
   constexpr int kSize = Item<T, kPacked>::kSize;
@@ -487,8 +494,20 @@ __global__ void __launch_bounds__(kMostThreads<Compute<T>>)
     ground.weights(what.near, y, weight);
     const C gy = target.gy[y];
     C part = C(0);
+    bool beyond = false;
 #pragma unroll
-    for (int j = 0; j < kSize; ++j) part += weight[j] * loss.value(C(item.value[j]), what.gx[j] * gy);
+    for (int j = 0; j < kSize; ++j) {
+      const C z = C(item.value[j]), goal = what.gx[j] * gy;
+      part += weight[j] * loss.value(z, goal);
+      beyond |= loss.beyond(z, goal);
+    }
+    if (beyond) {
+#pragma unroll
+      for (int j = 0; j < kSize; ++j) {
+        const C z = C(item.value[j]), goal = what.gx[j] * gy;
+        if (loss.beyond(z, goal)) part += weight[j] * loss.rest(z, goal);
+      }
+    }
     sum[0] += part;
   });
 
@@ -502,7 +521,7 @@ __global__ void __launch_bounds__(kMostThreads<Compute<T>>)
 // three of them transcendental (log2, exp2, an inverse), of the 54 that the traffic of float leaves and the 27 of 16
 // bits.
 template <class T, bool kPacked, class Loss>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks)
     pixel_loss_backward_kernel(HeatmapLossParams<T> p, const Compute<T>* __restrict__ grad_loss, Maps<T> grad_pred,
                                Loss loss, Foreground<Compute<T>> foreground) {
   using C = Compute<T>;
@@ -594,8 +613,7 @@ __device__ __forceinline__ void finish_unread(const SoftmaxLossParams<T>& p, int
 // is the floor for every type. There JS takes about 100 (its logarithms must be precise, since p - y cancels): the
 // floor again while these are few, sigma up to 2 on 128 x 128 pixels; beyond, 0.1 ms for every tenth of the pixels.
 template <SoftmaxLoss kLoss, class T, bool kPacked>
-__global__ void __launch_bounds__(kMostThreads<Compute<T>>, 1)  // 1: ptxas may take what it needs, else JS spills
-    divergence_kernel(SoftmaxLossParams<T> p) {
+__global__ void __launch_bounds__(kMostThreads, kBlocks) divergence_kernel(SoftmaxLossParams<T> p) {
   using C = Compute<T>;
   constexpr int kSize = Item<T, kPacked>::kSize, kStatistics = statistics_of(kLoss);
   constexpr bool kKl = kLoss == SoftmaxLoss::kl;
@@ -692,7 +710,7 @@ __global__ void __launch_bounds__(kMostThreads<Compute<T>>, 1)  // 1: ptxas may 
 // Bytes: one read of the map. Online, as above, with both axes' moments: a pixel takes 13 instructions, one
 // transcendental.
 template <class T, bool kPacked>
-__global__ void __launch_bounds__(kMostThreads<Compute<T>>) variance_kernel(SoftmaxLossParams<T> p) {
+__global__ void __launch_bounds__(kMostThreads, kBlocks) variance_kernel(SoftmaxLossParams<T> p) {
   using C = Compute<T>;
   constexpr int kSize = Item<T, kPacked>::kSize, kStatistics = statistics_of(SoftmaxLoss::variance);
   FF_SHARED(C, shared, 128);
@@ -757,7 +775,7 @@ __global__ void __launch_bounds__(kMostThreads<Compute<T>>) variance_kernel(Soft
 // Bytes: one read and one write of the map. A pixel takes 8 instructions for KL and 11 for the variance, one of them
 // transcendental; JS about 50 where the target is not 0, for precise logarithms.
 template <SoftmaxLoss kLoss, class T, bool kPacked>
-__global__ void __launch_bounds__(kThreads) softmax_backward_kernel(SoftmaxLossBackwardParams<T> b) {
+__global__ void __launch_bounds__(kThreads, kBlocks) softmax_backward_kernel(SoftmaxLossBackwardParams<T> b) {
   using C = Compute<T>;
   constexpr int kSize = Item<T, kPacked>::kSize, kStatistics = statistics_of(kLoss);
   FF_DYN_SHARED(C, axes);
@@ -849,7 +867,7 @@ int item_of(bool packed) {
 // Forward: a block a map.
 template <class T, class Kernel, class... Params>
 int launch_forward(const HeatmapLossSize& s, bool packed, Kernel kernel, CUstream_st* stream, const Params&... params) {
-  const int threads = threads_of(s, item_of<T>(packed), kMostThreads<Compute<T>>);
+  const int threads = threads_of(s, item_of<T>(packed), kMostThreads);
   return launch_maps<Compute<T>>(s, threads, 1, kernel, stream, params...);
 }
 
