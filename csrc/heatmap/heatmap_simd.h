@@ -131,8 +131,7 @@ FF_INLINE void put_some(T* p, Vector<Compute<T>> v, int count) {
 // 2^x for x <= 1: 0 below -127 (the scale's bits vanish), NaN kept whatever its payload. Degree 5 on [-1/2, 1/2],
 // fitted to the least relative error, 9e-8. Half the steps of a general exp, and they bound the soft-argmax.
 FF_INLINE FloatVector exp2_down(FloatVector x) {
-  const FloatVector low = broadcast(-127.f);
-  const FloatVector c = x < low ? low : x;
+  const FloatVector c = max(broadcast(-127.f), x);
   const FloatVector shifted = c + 12583039.f;  // 1.5 2^23 + 127: the low bits are the biased exponent
   const FloatVector f = c - (shifted - 12583039.f);
   FloatVector p = broadcast(1.326472571e-3f);

@@ -63,17 +63,17 @@ struct Tables {
 // Below this share of the peak a float target counts as 0: it is lost in the rounding of what it is added to, and
 // products of two axes stay normal numbers (subnormal ones take a hundred times as long).
 FF_INLINE float negligible(float) { return 8.9e-16f; }
-FF_INLINE double negligible(double) { return 0; }
+FF_INLINE double negligible(double) { return 1e-140; }
 
 template <class C>
 FF_INLINE void fill_axis(Axis<C>& axis, C centre, C sigma, int size, bool normalized) {
   constexpr int L = kLanes<C>;
-  const AxisGaussian<C> gauss = axis_gaussian(centre, sigma, Cells{0, size}, normalized);
+  const TargetAxis<C> target = target_axis(centre, sigma, size, normalized);
   const C least = negligible(C(0));
   Vector<C> total{};
   for (int i = 0; i < size; i += L) {
-    const Vector<C> h = lane_index<C>() + C(i), d = h - gauss.centre;
-    Vector<C> g = exp_down(min(gauss.factor * d * d - gauss.shift, Vector<C>{}));
+    const Vector<C> h = lane_index<C>() + C(i);
+    Vector<C> g = exp_down(target_exponent(target, h));
     g = g > least && h < C(size) ? g : Vector<C>{};
     store(axis.g + i, g);
     total += g;
@@ -127,7 +127,7 @@ FF_INLINE void write_all(T* grad, int64_t stride, const HeatmapLossSize& s, Comp
 
 // Functions of vectors.
 
-FF_INLINE FloatVector log2_normal(FloatVector x) {  // x > 0, not subnormal; fitted, 2e-7 relative to log2(mantissa)
+FF_INLINE FloatVector log2_normal(FloatVector x) {  // x > 0 (-127 at 0); fitted, 2e-7 relative to log2(mantissa)
   const IntVector bits = (IntVector)x, e = (bits - 0x3f3504f3) >> 23;  // mantissas in [1/sqrt 2, sqrt 2)
   const FloatVector f = (FloatVector)(bits - (e << 23)) - 1.f;
   FloatVector p = broadcast(-0.1458113821f);
@@ -168,9 +168,14 @@ FF_INLINE DoubleVector log1p_up(DoubleVector q) {
   return q;
 }
 
-template <class C>
-FF_INLINE Vector<C> absolute(Vector<C> v) {
-  return v < C(0) ? -v : v;
+FF_INLINE FloatVector absolute(FloatVector v) { return (FloatVector)((IntVector)v & 0x7fffffff); }
+FF_INLINE DoubleVector absolute(DoubleVector v) { return (DoubleVector)((LongVector)v & INT64_MAX); }
+// |v| with the sign of s.
+FF_INLINE FloatVector copy_sign(FloatVector v, FloatVector s) {
+  return (FloatVector)(((IntVector)v & 0x7fffffff) | ((IntVector)s & INT32_MIN));
+}
+FF_INLINE DoubleVector copy_sign(DoubleVector v, DoubleVector s) {
+  return (DoubleVector)(((LongVector)v & INT64_MAX) | ((LongVector)s & INT64_MIN));
 }
 
 // Losses by pixel: value and gradient of the prediction z against the target y, up to the factor `scale`.
@@ -182,27 +187,22 @@ struct Square {
   FF_INLINE Vector<C> gradient(Vector<C> z, Vector<C> y) const { return C(2) * (z - y); }
 };
 
-// adaptive_wing and its gradient, q = 2^(a log2(e / epsilon)).
+// adaptive_wing and its gradient, q = 2^(a log2(e / epsilon)); e = 0 gives a q of nothing, or of 2^-127 a. NaN comes
+// through the second operand of min and max.
 template <class C, bool kSmall>
 struct Wing {
   C scale, alpha, theta, inverse_theta, log2_epsilon;
-  static constexpr C kLeast = sizeof(C) == 4 ? C(1e-37) : C(1e-300);  // |z - y| from here on: q = 0
 
+  FF_INLINE Vector<C> power(Vector<C> e, Vector<C> a) const { return exp2_down(a * (log2_normal(e) - log2_epsilon)); }
   FF_INLINE Vector<C> value(Vector<C> z, Vector<C> y) const {
-    const Vector<C> d = absolute<C>(z - y), e = max(min(d, fill(theta)), fill(kLeast)), a = alpha - y;
-    const Vector<C> q = exp2_any(a * (log2_normal(e) - log2_epsilon));
-    return log1p_up<kSmall>(q) + a * q / (q + C(1)) * (max(d, fill(theta)) - theta) * inverse_theta + (d - d);
+    const Vector<C> d = absolute(z - y), a = alpha - y, q = power(min(fill(theta), d), a);
+    return log1p_up<kSmall>(q) + a * q / (q + C(1)) * ((max(fill(theta), d) - theta) * inverse_theta);
   }
   FF_INLINE Vector<C> gradient(Vector<C> z, Vector<C> y) const {
-    const Vector<C> r = z - y, d = absolute<C>(r), e = max(min(d, fill(theta)), fill(kLeast)), a = alpha - y;
-    const Vector<C> q = exp2_any(a * (log2_normal(e) - log2_epsilon));
-    const Vector<C> slope = a * q / ((q + C(1)) * e);
-    return r > C(0) ? slope : r < C(0) ? -slope : r - r;  // 0 at 0, NaN stays
+    const Vector<C> r = z - y, e = min(fill(theta), absolute(r)), a = alpha - y, q = power(e, a);
+    const Vector<C> slope = a * q / ((q + C(1)) * copy_sign(e, r));
+    return r == C(0) ? Vector<C>{} : slope;
   }
-
- private:
-  FF_INLINE static FloatVector exp2_any(FloatVector x) { return exp2_down(x); }
-  FF_INLINE static DoubleVector exp2_any(DoubleVector x) { return exp2_down(x); }
 };
 
 // Pixels of a foreground count `inside` times, others `outside` times.
@@ -488,7 +488,7 @@ FF_INLINE Compute<T> highest(const T* z, int64_t stride, const HeatmapLossSize& 
 template <class C>
 FF_INLINE Vector<C> js_parts(Vector<C> p, Vector<C> y) {
   const Vector<C> s = p + y, low = p < y ? p : y, inverse = C(1) / s;
-  const Vector<C> v = absolute<C>(p - y) * inverse, w = C(2) * (low * inverse), v2 = v * v;
+  const Vector<C> v = absolute(p - y) * inverse, w = C(2) * (low * inverse), v2 = v * v;
   const Vector<C> near = v2 * (C(1) + v2 * (C(1) / 6 + v2 * (C(1) / 15 + v2 * (C(1) / 28 + v2 * (C(1) / 45)))));
   const Vector<C> far = (v + C(1)) * log(v + C(1)) + (w > C(0) ? w * log(w) : w);
   return s == C(0) ? s : C(0.25) * s * (v < C(sizeof(C) == 8 ? 0.03 : 0.25) ? near : far);

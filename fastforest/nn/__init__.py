@@ -2,16 +2,22 @@
 
 from fastforest.nn.categorical import HeatmapForest, LabelDistribution, LabelDistributionForest, group_landmarks
 from fastforest.nn.gaussian import GaussianForest, GaussianMixture
+from fastforest.nn.heatmap_loss import AdaptiveWingLoss, HeatmapJSLoss, HeatmapKLLoss, HeatmapMSELoss, WingLoss
 from fastforest.nn.pool import LeafPool
 from fastforest.nn.routing import SoftForest
 
 __all__ = [
+    "AdaptiveWingLoss",
     "GaussianForest",
     "GaussianMixture",
     "HeatmapForest",
+    "HeatmapJSLoss",
+    "HeatmapKLLoss",
+    "HeatmapMSELoss",
     "LabelDistribution",
     "LabelDistributionForest",
     "LeafPool",
     "SoftForest",
+    "WingLoss",
     "group_landmarks",
 ]
