@@ -529,7 +529,10 @@ FF_INLINE Sums<Compute<T>> softmax_sums(const T* z, int64_t stride, const Heatma
                                         const Tables<Compute<T>>& t, Compute<T> top) {
   using C = Compute<T>;
   constexpr int L = kLanes<C>;
-  const auto below = [&](const T* at, int count) FF_LAMBDA { return get_some(at, count) - top; };
+  const auto below = [&](const T* at, int count) FF_LAMBDA {
+    fetch_next(at, s);
+    return get_some(at, count) - top;
+  };
   const auto exponential = [&](Vector<C> x, int count) FF_LAMBDA {
     const Vector<C> e = exp2_down(x * C(kLog2E));
     return count == L ? e : keep_head<C>(e, count);
@@ -571,6 +574,7 @@ FF_INLINE Compute<T> marginals(const T* z, int64_t stride, const HeatmapLossSize
     const T* line = z + y * stride;
     Vector<C> sum_e{};
     each<C>(0, s.width, [&](int64_t x, int count) FF_LAMBDA {
+      fetch_next(line + x, s);
       Vector<C> e = exp2_down((get_some(line + x, count) - top) * C(kLog2E));
       if (count != L) e = keep_head<C>(e, count);
       sum_e += e;
@@ -674,6 +678,7 @@ FF_INLINE void softmax_loss_backward(const SoftmaxLossBackwardParams<T>& b, int6
         const C* statistics = p.statistics + r * statistics_of(kLoss);
         const C top = statistics[0], log2_total = statistics[1] * C(kLog2E);
         const auto probability = [&](const T* at, int count) FF_LAMBDA {
+          fetch_next(at, s);
           return exp2_down((get_some(at, count) - top) * C(kLog2E) - log2_total);
         };
         if constexpr (kLoss == SoftmaxLoss::variance) {
