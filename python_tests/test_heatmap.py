@@ -184,6 +184,9 @@ def test_values_render(backend: str) -> None:
         torch.testing.assert_close(whole[:4].sum((-2, -1)), torch.ones(4, device=device))
         assert whole[2, :, 0].sum() > 0.999  # all its mass on the nearest column
         assert whole[4].isnan().all()
+        far = torch.tensor([[[3e6, 3.0], [-1e9, 2.0]]], device=device)  # where float32 no longer tells pixels apart
+        away = ops.render_gaussian(far, 2.0, (6, 6), normalize="sum")[0]
+        torch.testing.assert_close(away[0, :, 5].sum() + away[1, :, 0].sum(), torch.tensor(2.0, device=device))
         cut = ops.render_gaussian(at, 1.0, (5, 7), normalize="sum", truncate=1.0)[0]
         assert cut[2].eq(0).all() and cut[3].eq(0).all()
         # round half to even: 2.5 -> 2, 1.5 -> 2

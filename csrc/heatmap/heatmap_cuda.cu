@@ -452,11 +452,11 @@ template <bool kMoments, class C>
 __device__ __forceinline__ Cells fill_axis(C* g, C* g1, C* g2, C centre, C sigma, double truncate, int size,
                                            bool normalized, C (&shared)[kThreads / 32]) {
   const Cells cells = render_cells(centre, sigma, truncate, size);
-  const AxisGaussian<C> gauss = axis_gaussian(centre, sigma, cells, normalized);
+  const TargetAxis<C> target = target_axis(centre, sigma, cells, normalized);
   C total = C(0), first = C(0), second = C(0);
   for (int i = threadIdx.x; i < size; i += kThreads) {
     const C d = C(i) - centre;
-    const C power = gauss.factor * d * d - gauss.shift;  // at most 0 but for rounding
+    const C power = target_exponent(target, C(i));  // at most 0 but for rounding
     const C value = i >= cells.begin && i < cells.end ? exp(power > C(0) ? C(0) : power) : C(0);
     g[i] = value;
     total += value, first += value * d, second += value * d * d;

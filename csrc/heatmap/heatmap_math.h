@@ -29,20 +29,27 @@ FF_HD Cells render_cells(T centre, T sigma, double truncate, int size) {
   return cells_around(rint(double(centre)), ceil(truncate * double(sigma)), size);
 }
 
-// g(h) = exp(-(h - c)^2 / (2 sigma^2)), or that over its sum. The exponent is shifted by its largest value on the cells
-// when normalised (the sum divides it out).
+// One axis of a Gaussian: g(h) = exp(exponent). Normalised, the sum divides out g(n), n the nearest of the cells:
+// factor ((h - c)^2 - (n - c)^2) = factor (h - n)(h + n - 2 c) is 0 at n whatever the rounding, so that a point far
+// away keeps its nearest cells. V: T, or a vector of T.
 template <class T>
-struct AxisGaussian {
-  T centre, factor, shift;  // g(h) = exp(factor (h - centre)^2 - shift)
+struct TargetAxis {
+  T centre, factor, nearest, offset;  // offset = n - c
+  bool normalized;
 };
 
 template <class T>
-FF_HD AxisGaussian<T> axis_gaussian(T centre, T sigma, Cells cells, bool normalized) {
-  const T factor = T(-0.5) / (sigma * sigma);
+FF_HD TargetAxis<T> target_axis(T centre, T sigma, Cells cells, bool normalized) {
   T nearest = rint(centre);
   nearest = nearest < T(cells.begin) ? T(cells.begin) : nearest > T(cells.end - 1) ? T(cells.end - 1) : nearest;
-  const T d = nearest - centre;
-  return {centre, factor, normalized ? factor * d * d : T(0)};
+  return {centre, T(-0.5) / (sigma * sigma), nearest, nearest - centre, normalized};
+}
+
+template <class T, class V>
+FF_HD V target_exponent(const TargetAxis<T>& axis, V h) {
+  const V d = h - axis.centre;
+  if (!axis.normalized) return d * d * axis.factor;
+  return (h - axis.nearest) * (T(2) * axis.factor) * (T(0.5) * d + T(0.5) * axis.offset);
 }
 
 template <class T>

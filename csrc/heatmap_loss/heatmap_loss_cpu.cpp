@@ -68,7 +68,7 @@ FF_INLINE double negligible(double) { return 1e-140; }
 template <class C>
 FF_INLINE void fill_axis(Axis<C>& axis, C centre, C sigma, int size, bool normalized) {
   constexpr int L = kLanes<C>;
-  const TargetAxis<C> target = target_axis(centre, sigma, size, normalized);
+  const TargetAxis<C> target = target_axis(centre, sigma, {0, size}, normalized);
   const C least = negligible(C(0));
   Vector<C> total{};
   for (int i = 0; i < size; i += L) {

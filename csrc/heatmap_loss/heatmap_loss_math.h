@@ -10,29 +10,6 @@
 
 namespace ff {
 
-// One axis of a target: g(h) = exp(exponent). Normalised, the sum divides out g(n), n the nearest cell on the canvas:
-// factor ((h - c)^2 - (n - c)^2) = factor (h - n)(h + n - 2 c) is 0 at n whatever the rounding, so that a point far
-// away keeps its nearest cells. V: T, or a vector of T.
-template <class T>
-struct TargetAxis {
-  T centre, factor, nearest, offset;  // offset = n - c
-  bool normalized;
-};
-
-template <class T>
-FF_HD TargetAxis<T> target_axis(T centre, T sigma, int size, bool normalized) {
-  T nearest = rint(centre);
-  nearest = nearest < T(0) ? T(0) : nearest > T(size - 1) ? T(size - 1) : nearest;
-  return {centre, T(-0.5) / (sigma * sigma), nearest, nearest - centre, normalized};
-}
-
-template <class T, class V>
-FF_HD V target_exponent(const TargetAxis<T>& axis, V h) {
-  const V d = h - axis.centre;
-  if (!axis.normalized) return d * d * axis.factor;
-  return (h - axis.nearest) * (T(2) * axis.factor) * (T(0.5) * d + T(0.5) * axis.offset);
-}
-
 // y > threshold (or >=) is |h - c|^2 < cut (or <=):  cut = -2 sigma^2 log(threshold), all pixels for threshold <= 0.
 // Squared distances compare without the rounding of exp.
 template <class T>

@@ -9,7 +9,14 @@ from fastforest.nn.categorical import (
 )
 from fastforest.nn.gaussian import GaussianForest, GaussianMixture
 from fastforest.nn.heatmap import PeakDecoder, SoftArgmax2d
-from fastforest.nn.heatmap_loss import AdaptiveWingLoss, HeatmapJSLoss, HeatmapKLLoss, HeatmapMSELoss, WingLoss
+from fastforest.nn.heatmap_loss import (
+    AdaptiveWingLoss,
+    HeatmapJSLoss,
+    HeatmapKLLoss,
+    HeatmapMSELoss,
+    HeatmapVarianceLoss,
+    WingLoss,
+)
 from fastforest.nn.pool import LeafPool
 from fastforest.nn.routing import SoftForest
 
@@ -22,6 +29,7 @@ __all__ = [
     "HeatmapJSLoss",
     "HeatmapKLLoss",
     "HeatmapMSELoss",
+    "HeatmapVarianceLoss",
     "LabelDistribution",
     "LabelDistributionForest",
     "LeafPool",

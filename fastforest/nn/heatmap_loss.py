@@ -11,7 +11,14 @@ from fastforest.nn._checks import check_positive
 from fastforest.ops import heatmap_loss as ops
 from fastforest.ops._checks import check_choice
 
-__all__ = ["AdaptiveWingLoss", "HeatmapJSLoss", "HeatmapKLLoss", "HeatmapMSELoss", "WingLoss"]
+__all__ = [
+    "AdaptiveWingLoss",
+    "HeatmapJSLoss",
+    "HeatmapKLLoss",
+    "HeatmapMSELoss",
+    "HeatmapVarianceLoss",
+    "WingLoss",
+]
 
 
 class _HeatmapLoss(nn.Module):
@@ -116,6 +123,28 @@ class HeatmapJSLoss(_HeatmapLoss):
     def forward(self, logits: Tensor, points: Tensor, weight: Tensor | None = None) -> Tensor:
         """The loss of logits [B, P, H, W] whose landmarks are at points [B, P, 2]; weight [B, P] 0 hides a landmark."""
         return ops.heatmap_js_loss(logits, points, self.sigma, weight=weight, reduction=self.reduction)
+
+
+class HeatmapVarianceLoss(_HeatmapLoss):
+    """How far each map's softmax is from a spread of sigma on both axes; see `fastforest.heatmap_variance_loss`.
+
+    Args:
+        sigma: width that is asked for in pixels, above 0.
+        reduction: "mean", "sum" or "none".
+
+    >>> import torch
+    >>> HeatmapVarianceLoss(sigma=2.0, reduction="none")(torch.zeros(2, 3, 64, 64)).shape
+    torch.Size([2, 3])
+    >>> HeatmapVarianceLoss(sigma=2.0)
+    HeatmapVarianceLoss(sigma=2, reduction='mean')
+    """
+
+    def __init__(self, sigma: float, *, reduction: str = "mean") -> None:
+        super().__init__(sigma, reduction)
+
+    def forward(self, logits: Tensor, weight: Tensor | None = None) -> Tensor:
+        """The loss of logits [B, P, H, W]; weight [B, P] 0 hides a landmark."""
+        return ops.heatmap_variance_loss(logits, self.sigma, weight=weight, reduction=self.reduction)
 
 
 class AdaptiveWingLoss(_HeatmapLoss):
