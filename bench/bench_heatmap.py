@@ -90,6 +90,37 @@ def test_peak(bench: Bench) -> None:
     torch._dynamo.reset()
 
 
+def test_peak_dark_udp(bench: Bench) -> None:
+    """Gaussians with noise, away from the border, where all rivals agree."""
+    at = 8 + 48 * torch.rand(*MAPS[:2], 2, device=DEVICE)
+    heatmap = ff.render_gaussian(at, SIGMA, MAPS[2:]) + 0.02 * torch.randn(MAPS, device=DEVICE)
+    taps = exact.gaussian_kernel(11).float().to(DEVICE)
+    bands = torch.stack([torch.nn.functional.pad(taps, (j, 2 - j)) for j in range(3)])
+    on_host = heatmap.cpu().numpy()
+    forms = {"dense": (rivals.dark_udp_dense, taps), "patch": (rivals.dark_udp_patch, bands)}
+    name = f"library NumPy, {'cv2' if rivals.cv2 else 'scipy'} blur"
+    contenders = {name: lambda: rivals.dark_udp_library(on_host, 11)}
+    for form, (function, weights) in forms.items():
+        compiled = torch.compile(function)
+        contenders[f"eager {form}"] = lambda f=function, w=weights: f(heatmap, w)
+        contenders[f"compile {form}"] = lambda f=compiled, w=weights: f(heatmap, w)
+    ours = ff.peak(heatmap, "dark_udp").points
+    with torch.no_grad():
+        for run in contenders.values():
+            assert (ours.cpu() - torch.as_tensor(run()[0]).cpu()).abs().max() < 1e-3
+        bench.compare(
+            str(MAPS),
+            "peak dark_udp",
+            lambda: ff.peak(heatmap, "dark_udp"),
+            contenders,
+            bars={"library": 40, "compile": 1.7},
+            moved_bytes=4 * heatmap.numel(),
+            flops=0,
+            exact=lambda: tuple(exact.peak(heatmap.double(), "dark_udp")),
+        )
+    torch._dynamo.reset()
+
+
 def test_render(bench: Bench) -> None:
     batch, landmarks, height, width = 4, 971, 128, 128
     points = torch.rand(batch, landmarks, 2, device=DEVICE) * 110 + 8

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy import ndimage
 from torch import Tensor
+
+try:
+    import cv2
+except ImportError:
+    cv2 = None
 
 
 def axis_weights(centre: Tensor, size: int, sigma: float) -> Tensor:
@@ -87,6 +94,82 @@ def quarter_sign(heatmap: Tensor) -> tuple[Tensor, Tensor]:
     dx = torch.where((x > 0) & (x < width - 1), (near[..., 0] - near[..., 1]).sign(), 0.0)
     dy = torch.where((y > 0) & (y < height - 1), (near[..., 2] - near[..., 3]).sign(), 0.0)
     return torch.stack([x + 0.25 * dx, y + 0.25 * dy], -1), score
+
+
+def dark_udp_step(log: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """log [..., 3, 3] around the peaks at x, y."""
+    row = log.flatten(-2).unbind(-1)
+    c, left, right, up, down = row[4], row[3], row[5], row[1], row[7]
+    gx, gy = 0.5 * (right - left), 0.5 * (down - up)
+    xx, yy = right - 2 * c + left, down - 2 * c + up
+    xy = 0.5 * (row[8] - right - down + 2 * c - left - up + row[0])
+    det = xx * yy - xy * xy
+    shift = torch.stack([xy * gy - yy * gx, xy * gx - xx * gy], -1) / det.unsqueeze(-1)
+    return torch.stack([x, y], -1) + torch.where(shift.abs().amax(-1, keepdim=True) <= 1.5, shift, 0.0)
+
+
+def dark_udp_dense(heatmap: Tensor, taps: Tensor) -> tuple[Tensor, Tensor]:
+    """Blurs the maps whole, by two convolutions, then gathers 3 x 3."""
+    (height, width), half = heatmap.shape[-2:], len(taps) // 2
+    score, index = heatmap.flatten(2).max(-1)
+    x, y = index % width, index // width
+    rows = F.conv2d(heatmap.flatten(0, 1).unsqueeze(1), taps.view(1, 1, 1, -1), padding=(0, half))
+    blurred = F.conv2d(rows, taps.view(1, 1, -1, 1), padding=(half, 0)).view(heatmap.shape).flatten(2)
+    scale = score / blurred.amax(-1)
+    d = torch.arange(-1, 2, device=heatmap.device)
+    at = (y[..., None] + d).clamp(0, height - 1)[..., None] * width + (x[..., None] + d).clamp(0, width - 1)[
+        ..., None, :
+    ]
+    near = blurred.gather(-1, at.flatten(2)) * scale[..., None]
+    return dark_udp_step(near.clamp(1e-3, 50).log().unflatten(-1, (3, 3)), x, y), score
+
+
+def dark_udp_patch(heatmap: Tensor, bands: Tensor) -> tuple[Tensor, Tensor]:
+    """Blurs the window of the stencil alone, as two small products; bands [3, taps + 2]."""
+    (height, width), reach = heatmap.shape[-2:], bands.shape[1] // 2
+    flat = heatmap.flatten(2)
+    score, index = flat.max(-1)
+    x, y = index % width, index // width
+    d = torch.arange(-reach, reach + 1, device=heatmap.device)
+    xs, ys = x[..., None] + d, y[..., None] + d
+    inside = ((ys >= 0) & (ys < height))[..., None] & ((xs >= 0) & (xs < width))[..., None, :]
+    at = ys.clamp(0, height - 1)[..., None] * width + xs.clamp(0, width - 1)[..., None, :]
+    window = flat.gather(-1, at.flatten(2)).view(at.shape) * inside
+    return dark_udp_step((bands @ window @ bands.T).clamp(1e-3, 50).log(), x, y), score
+
+
+def dark_udp_library(heatmap: np.ndarray, kernel: int) -> tuple[np.ndarray, np.ndarray]:
+    """In the manner of the pose libraries: NumPy, an image at a time, every map padded, blurred whole and rescaled."""
+    images, landmarks, height, width = heatmap.shape
+    flat = heatmap.reshape(images, landmarks, -1)
+    index = flat.argmax(-1)
+    score = np.take_along_axis(flat, index[..., None], -1)[..., 0]
+    points = np.stack([index % width, index // width], -1).astype(np.float32)
+    half = kernel // 2
+    d = np.arange(kernel) - half
+    taps = np.exp(-(d**2) / (2 * (0.3 * (half - 1) + 0.8) ** 2))
+    taps /= taps.sum()
+    for image in range(images):
+        log = np.empty((landmarks, height + 2, width + 2), np.float32)
+        for landmark in range(landmarks):
+            padded = np.zeros((height + 2 * half, width + 2 * half))
+            padded[half:-half, half:-half] = heatmap[image, landmark]
+            if cv2 is not None:
+                padded = cv2.GaussianBlur(padded, (kernel, kernel), 0)
+            else:
+                padded = ndimage.correlate1d(ndimage.correlate1d(padded, taps, 0), taps, 1)
+            blurred = padded[half:-half, half:-half]
+            blurred = np.clip(blurred * (score[image, landmark] / (blurred.max() + 1e-12)), 1e-3, 50)
+            log[landmark] = np.pad(np.log(blurred), 1, mode="edge")
+        k = np.arange(landmarks)
+        x, y = points[image].astype(np.int64).T + 1
+        c, left, right = log[k, y, x], log[k, y, x - 1], log[k, y, x + 1]
+        up, down = log[k, y - 1, x], log[k, y + 1, x]
+        xy = 0.5 * (log[k, y + 1, x + 1] - right - down + 2 * c - left - up + log[k, y - 1, x - 1])
+        hessian = np.stack([right - 2 * c + left, xy, xy, down - 2 * c + up], -1).reshape(-1, 2, 2)
+        inverse = np.linalg.inv(hessian + np.finfo(np.float32).eps * np.eye(2))
+        points[image] -= (inverse @ np.stack([right - left, down - up], -1)[..., None])[..., 0] / 2
+    return points, score
 
 
 def render(points: Tensor, height: int, width: int, sigma: float) -> Tensor:

@@ -25,6 +25,8 @@ def main() -> None:
         for refine in ("none", "quarter_sign", "quarter_second"):
             ff.pool_peak(prob, pool, refine)
             ff.peak(torch.rand(2, 5, height, width, device=device), refine)
+        for refine in ("dark", "dark_udp", "local"):
+            ff.peak(torch.rand(2, 5, height, width, device=device) * 60, refine)  # above 50 in part: clips act
         marks = points.detach().clone().requires_grad_()
         ff.render_gaussian(marks, sigma, (height, width)).sum().backward()
         for window in (None, 2):
@@ -53,7 +55,7 @@ def main() -> None:
         ff.gaussian_log_prob(x, mean, tril).sum().backward()
         ff.gaussian_mixture_log_prob(x, log_weight, mean, tril).sum().backward()
         ff.gaussian_responsibilities(x, log_weight, mean, tril).square().sum().backward()
-        ff.gaussian_statistics(x, log_weight, mean, tril)
+        ff.gaussian_statistics(x, log_weight, mean, tril, torch.rand(samples, device=device))
     torch.cuda.synchronize()
     print("every operator ran")
 

@@ -57,6 +57,17 @@ def mixture_inputs(samples: int, count: int, dims: int):
     return make
 
 
+def weighted_inputs(samples: int, count: int, dims: int):
+    """Samples that count 0 to 3 times, the last not at all."""
+
+    def make(g: torch.Generator) -> dict[str, Tensor]:
+        weight = 3 * torch.rand(samples, generator=g, dtype=torch.float64)
+        weight[1:][-1:] = 0
+        return mixture_inputs(samples, count, dims)(g) | {"weight": weight}
+
+    return make
+
+
 def moments_inputs(samples: int, count: int, dims: int):
     def make(g: torch.Generator) -> dict[str, Tensor]:
         return {"weight": torch.rand(samples, count, generator=g, dtype=torch.float64)} | leaves(g, count, dims)
@@ -73,6 +84,7 @@ for sizes in SIZES:
         (MIXTURE, Case(name, mixture_inputs(*sizes), {}, ("x", "log_weight", *LEAVES))),
         (POSTERIOR, Case(name, mixture_inputs(*sizes), {}, ("x", "log_weight", *LEAVES))),
         (STATISTICS, Case(name, mixture_inputs(*sizes))),
+        (STATISTICS, Case(name, weighted_inputs(*sizes))),
         (MOMENTS, Case(name, moments_inputs(*sizes), {}, ("weight", *LEAVES))),
     ]
 
@@ -148,7 +160,7 @@ def test_contract_repeatable_over_many_tasks(operator: Operator, backend: str) -
 
 def test_contract_statistics_piece_by_piece() -> None:
     """More samples than the posterior of one piece holds."""
-    case = Case("pieces", mixture_inputs(9000, 300, 2))
+    case = Case("pieces", weighted_inputs(9000, 300, 2))
     contract.check_repeatable(STATISTICS, case, "cpu")
     contract.check_agreement(STATISTICS, case, "cpu", torch.float32)
 
@@ -218,7 +230,8 @@ def test_opcheck(backend: str) -> None:
         contract.check_opcheck(op("gaussian_log_prob").default, x, mean, tril)
         contract.check_opcheck(op("gaussian_mixture").default, x, log_weight, mean, tril, True)
         plain = [t.detach() for t in (x, log_weight, mean, tril)]
-        contract.check_opcheck(op("gaussian_statistics").default, *plain)
+        contract.check_opcheck(op("gaussian_statistics").default, *plain, None)
+        contract.check_opcheck(op("gaussian_statistics").default, *plain, torch.rand(5, dtype=torch.float64).to(device))
         if backend != "shim":
             grad = torch.rand(5, 3, dtype=torch.float64, device=device)
             arguments = (grad, plain[0], *plain[2:], True, False, True)
@@ -248,6 +261,23 @@ ERRORS = [
     ),
     (lambda: ff.gaussian_responsibilities(X, W.double(), M, S), ValueError, "log_weight's dtype must be torch.float32"),
     (lambda: ff.gaussian_statistics(X, W[:, :0], M[:0], S[:0]), ValueError, "mean must hold at least one leaf"),
+    (
+        lambda: ff.gaussian_statistics(X, W, M, S, torch.ones(3)),
+        ValueError,
+        r"gaussian_statistics: weight must be \[4\] .*got \[3\]",
+    ),
+    (lambda: ff.gaussian_statistics(X, W, M, S, W), ValueError, r"weight must be \[N\], got \[4, 3\]"),
+    (lambda: ff.gaussian_statistics(X, W, M, S, X[:, 0].double()), ValueError, "weight's dtype must be torch.float32"),
+    (
+        lambda: ff.gaussian_statistics(X, W, M, S, torch.tensor([1.0, 0.0, -2.0, 1.0])),
+        RuntimeError,
+        "gaussian_statistics: weight must be finite and at least 0, got -2 in sample 2",
+    ),
+    (
+        lambda: ff.gaussian_statistics(X, W, M, S, torch.tensor([1.0, math.nan, 1.0, 1.0])),
+        RuntimeError,
+        "weight must be finite and at least 0, got nan in sample 1",
+    ),
     (
         lambda: ff.gaussian_statistics(X, W, M, S).fit("banded"),
         ValueError,
@@ -389,6 +419,21 @@ def test_statistics_add_up_over_batches() -> None:
     total = parts[0] + parts[1] + parts[2]
     for name in ("count", "first", "second", "log_likelihood", "worst", "worst_log_prob", "samples"):
         torch.testing.assert_close(getattr(total, name), getattr(whole, name))
+
+
+def test_a_weight_counts_as_so_many_samples(backend: str) -> None:
+    x, mean, tril = clusters(40, 3, 2)
+    log_weight = torch.randn(40, 3, dtype=torch.float64)
+    times = torch.arange(40) % 3
+    with contract.on(backend) as device:
+        given = [t.to(device) for t in (x, log_weight)]
+        rest = [t.to(device) for t in (mean, tril)]
+        whole = ops.gaussian_statistics(*given, *rest, times.double().to(device))
+        copies = ops.gaussian_statistics(*(t.repeat_interleave(times.to(device), 0) for t in given), *rest)
+        for name in ("count", "first", "second", "log_likelihood"):
+            torch.testing.assert_close(getattr(whole, name), getattr(copies, name))
+        assert int(whole.samples) == int((times > 0).sum())
+        assert whole.worst_log_prob[0] == copies.worst_log_prob[0]
 
 
 @pytest.mark.parametrize("dead", ["keep", "reseed"])

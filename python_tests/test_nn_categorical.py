@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -88,6 +89,36 @@ def test_classes_and_one_hot_distributions_are_the_same_labels() -> None:
         head.loss(x[:2], torch.tensor([0, 5]))
 
 
+@pytest.mark.parametrize("method", ["loss", "accumulate", "initialize", "fit_leaves"])
+def test_labels_that_are_no_distributions_are_told(method: str) -> None:
+    head, x, sound = label_head(), features(), distributions()
+
+    def call(labels: torch.Tensor, *weight: torch.Tensor) -> None:
+        getattr(head, method)(*((x,) if method in ("loss", "accumulate") else ()), labels, *weight)
+
+    for values, words in (
+        ((0.2, 0.2, 0.2, 0.2, 0.198), "of sum 1 to 0.001; got a sum of 0.998, least 0.198 in row 7, the worst of 1"),
+        ((0.7, 0.4, -0.1, 0.0, 0.0), "at least 0, .*got a sum of 1, least -0.1 in row 7"),
+        ((0.5, 0.5, torch.nan, 0.0, 0.0), "finite, .*got NaN or inf in row 7"),
+        ((0.5, 0.5, torch.inf, 0.0, 0.0), "finite, .*got NaN or inf in row 7"),
+    ):
+        labels = sound.clone()
+        labels[7] = torch.tensor(values)
+        with pytest.raises(
+            ValueError, match="LabelDistributionForest: rows of labels must be distributions: .*" + words
+        ):
+            call(labels)
+        if method != "initialize":
+            hidden = torch.ones(N)
+            hidden[7] = 0
+            call(labels, hidden)
+    labels[3] *= 2
+    with pytest.raises(ValueError, match="got NaN or inf in row 7, the worst of 2"):
+        call(labels)
+    for near in (sound * 1.0009, sound.bfloat16(), sound.half(), sound.double()):
+        call(near)
+
+
 @pytest.mark.parametrize(("objective", "tree_update"), OBJECTIVES)
 @pytest.mark.parametrize("kind", ["labels", "heatmaps"])
 @pytest.mark.parametrize("loss", PAIRS)
@@ -106,6 +137,36 @@ def test_leaf_updates_never_raise_their_loss(objective: str, tree_update: str, k
     for leaves in [head.leaves.flatten(2)] if kind == "labels" else [g.leaves.flatten(3) for g in head.groups]:
         assert (leaves >= 0).all()
         torch.testing.assert_close(leaves.sum(-1), torch.ones(leaves.shape[:-1]), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("objective", "tree_update"), OBJECTIVES)
+@pytest.mark.parametrize("kind", ["labels", "heatmaps"])
+@pytest.mark.parametrize("loss", PAIRS)
+def test_leaf_updates_heed_the_mask(objective: str, tree_update: str, kind: str, loss: str) -> None:
+    """They never raise the masked loss; nothing but what counts moves a leaf."""
+    head: Any = (label_head if kind == "labels" else map_head)(
+        objective=objective, tree_update=tree_update, loss=loss, floor=0.0, mask_threshold=0.25
+    )
+    x, y = features(), distributions() if kind == "labels" else landmarks()
+    weight = torch.rand(y.shape[: 1 if kind == "labels" else 2]) + 0.1
+    losses = [head.loss(x, y, weight).item()]
+    for _ in range(12):
+        head.accumulate(x, y, weight)
+        head.update()
+        losses.append(head.loss(x, y, weight).item())
+    assert all(after <= before + 1e-6 for before, after in itertools.pairwise(losses)), losses
+    assert losses[-1] < 0.95 * losses[0]
+    if kind == "labels":
+        twin, other = copy.deepcopy(head), y.clone()
+        masked = (y <= 0.25) & (torch.arange(C) > 0)
+        other[masked] = 0
+        other[:, 0] += torch.where(masked, y, 0.0).sum(1)
+        rows = y[:, 0] + torch.where(masked, y, 0.0).sum(1) <= 0.25  # the first class, which took the rest, is out too
+        assert rows.sum() > 5
+        for forest, labels in ((head, y[rows]), (twin, other[rows])):
+            forest.accumulate(x[rows], labels)
+            forest.update()
+        torch.testing.assert_close(head.leaves, twin.leaves)
 
 
 @pytest.mark.parametrize("loss", PAIRS)
@@ -222,6 +283,37 @@ def test_points_are_the_expectation_of_the_heatmaps_and_are_learned(loss: str) -
                 head.update()
     error = (head(x) - points).norm(dim=-1).mean()
     assert error < 0.6 * (points - points.mean(0)).norm(dim=-1).mean()
+
+
+def test_distribution_of_landmarks_is_that_of_the_heatmaps() -> None:
+    head, x, points = map_head(groups=[[0, 2], [1]]).double(), features().double(), landmarks().double()
+    predicted, maps = head.distribution(x), head.heatmap(x)
+    assert torch.equal(predicted.probability, maps)
+    torch.testing.assert_close(predicted.mean, head(x))
+    place = torch.stack(torch.meshgrid(torch.arange(10.0), torch.arange(12.0), indexing="ij")[::-1], -1).double()
+    apart = place - predicted.mean[:, :, None, None]
+    expected = torch.einsum("nphw,nphwi,nphwj->npij", maps, apart, apart)
+    torch.testing.assert_close(predicted.covariance, expected)
+    column, row = (points + 0.5).floor().long().unbind(-1)
+    there = maps[torch.arange(N)[:, None], torch.arange(3), row, column]
+    torch.testing.assert_close(predicted.log_prob(points), there.log())
+    one_hot = torch.zeros(N, 3, 10, 12)
+    one_hot[torch.arange(N)[:, None], torch.arange(3), row, column] = 1
+    torch.testing.assert_close(predicted.log_prob(one_hot), predicted.log_prob(points))
+
+    points[0, 0], points[1, 1], points[2, 2], points[3, 0] = -0.51, torch.nan, 1e30, torch.tensor([11.49, 9.49])
+    told = predicted.log_prob(points)
+    assert told[0, 0] == told[2, 2] == math.log(1e-12) and told[1, 1].isnan()
+    torch.testing.assert_close(told[3, 0], maps[3, 0, 9, 11].log())
+    assert told[4:].isfinite().all()
+    empty = head.distribution(x[:0])
+    assert empty.covariance.shape == (0, 3, 2, 2) and empty.log_prob(points[:0]).shape == (0, 3)
+    with pytest.raises(
+        ValueError, match=r"labels must be points \[120, 3, 2\] or heatmaps \[120, 3, 10, 12\], got \[3\]"
+    ):
+        predicted.log_prob(torch.zeros(3))
+    with pytest.raises(TypeError, match="labels must be floating-point"):
+        predicted.log_prob(points.long())
 
 
 def test_groups_have_their_own_trees_and_keep_the_order_of_landmarks() -> None:

@@ -288,6 +288,29 @@ def test_hidden_labels_may_be_nan() -> None:
     assert head.loss(features, poisoned, torch.zeros(N)).item() == 0
 
 
+@pytest.mark.parametrize(("objective", "tree_update"), OBJECTIVES)
+def test_a_weight_counts_as_so_many_samples(objective: str, tree_update: str) -> None:
+    """In all three ways to the leaves, and a half is a half: it is the ratios that tell."""
+    times = torch.arange(N) % 3
+    for factor in (1.0, 0.5):
+        head, features, labels = started(
+            objective=objective, tree_update=tree_update, replay=2 * N, update_every=1000, iterations=1, min_count=1e-3
+        )
+        twin = copy.deepcopy(head)
+        rows = torch.arange(N).repeat_interleave(times)
+        weight = factor * times
+        for forest, given in ((head, (features, labels, weight)), (twin, (features[rows], labels[rows]))):
+            forest.accumulate(*given)
+            forest.update()
+            forest.loss(*given)
+            forest.update()
+            forest.fit_leaves(*given[1:], iterations=1)
+        torch.testing.assert_close(head.mean, twin.mean, rtol=1e-5, atol=1e-3)
+        torch.testing.assert_close(head.scale_tril, twin.scale_tril, rtol=1e-3, atol=1e-3)
+    with pytest.raises(ValueError, match="weight must be at least 0, got -1"):
+        head.fit_leaves(labels, -torch.ones(N))
+
+
 def test_a_far_outlier_leaves_the_loss_finite() -> None:
     head, features, labels = started()
     labels[0] = 1e6
@@ -412,6 +435,8 @@ def test_two_ranks_give_the_update_of_one(tmp_path: Path) -> None:
         ({"min_count": -1.0}, "min_count must be a positive finite number"),
         ({"dead": "bury"}, "dead must be one of 'keep', 'reseed', got 'bury'"),
         ({"tree_update": "random"}, "tree_update must be one of 'average', 'sequential'"),
+        ({"trees": 0}, "GaussianForest: trees must be an integer of at least 1, got 0"),
+        ({"depth": 17}, "GaussianForest: depth must be an integer between 1 and 16, got 17"),
         ({"update_every": 0}, "update_every must be an integer of at least 1"),
         ({"replay": 0}, "replay must be an integer of at least 1"),
         ({"out_features": 257}, "out_features must be an integer between 1 and 256"),
@@ -420,6 +445,11 @@ def test_two_ranks_give_the_update_of_one(tmp_path: Path) -> None:
 def test_errors_say_what_is_wrong(changes: dict, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         GaussianForest(F, changes.pop("out_features", D), **changes)
+
+
+def test_an_option_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(TypeError, match="unexpected keyword argument 'tree'"):
+        GaussianForest(F, D, tree=3)  # type: ignore[call-arg]
 
 
 def test_labels_and_weights_of_another_shape() -> None:

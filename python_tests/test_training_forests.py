@@ -216,3 +216,77 @@ def test_errors_say_what_is_wrong(changes: dict, words: str) -> None:
         fit_forest(head, x, y, **changes)
     with pytest.raises(ValueError, match="at least one sample"):
         fit_forest(head, x[:0], y[:0])
+
+
+class Loader:
+    """Batches of tensors; counts the passes, some of which are left early."""
+
+    def __init__(self, *tensors: torch.Tensor, batch: int = 80) -> None:
+        self.tensors, self.batch, self.passes = tensors, batch, 0
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, ...]]:
+        self.passes += 1
+        yield from zip(*(t.split(self.batch) for t in self.tensors), strict=True)
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "labels", "heatmaps"])
+@pytest.mark.parametrize("scheme", ["alternating", "sequential"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_batches_give_the_result_of_tensors(
+    kind: str, scheme: str, weighted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the same order, which for tensors is that of a draw: here of a draw that leaves it."""
+    first, x, y = problem(kind)
+    second = copy.deepcopy(first)
+    weight = (torch.rand(y.shape[: 2 if kind == "heatmaps" else 1]) + 0.1,) if weighted else ()
+    options: dict[str, Any] = {"scheme": scheme, "steps": 20, "rate": 0.03, "update_every": 7, "leaf_samples": 150}
+    loader = Loader(x, y, *weight)
+    batches = fit_forest(second, loader, **options)
+    monkeypatch.setattr(torch, "randperm", lambda n, generator: torch.arange(n))
+    tensors = fit_forest(first, x, y, *weight, batch=80, **options)
+    torch.testing.assert_close(batches.loss, tensors.loss, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(batches.leaf_updates, tensors.leaf_updates, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(second(x), first(x), rtol=1e-4, atol=1e-4)
+    # The labels, the features to calibrate by, ceil(20 / 3) epochs, and the leaf updates.
+    assert loader.passes == 2 + 7 + (2 if scheme == "alternating" else 1)
+
+
+def test_a_data_loader_trains_a_backbone_on_images() -> None:
+    generator = torch.Generator().manual_seed(3)
+    y = torch.randn(N, 1, generator=generator)
+    images = y[..., None, None] + torch.randn(N, 1, 6, 6, generator=generator)
+    data = torch.utils.data.TensorDataset(images, y)
+    loader: Any = torch.utils.data.DataLoader(
+        data, 60, shuffle=True, generator=torch.Generator().manual_seed(0), drop_last=True
+    )
+    backbone = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(36, 16))
+    head = GaussianForest(16, 1, trees=2, depth=3, units=16)
+    fit_forest(head, loader, backbone=backbone, steps=150, rate=0.02, update_every=30)
+    with torch.no_grad():
+        assert shares(head, backbone(images), y) < 0.3
+    assert not head.training and not backbone.training
+
+
+def test_batches_that_cannot_serve_are_told() -> None:
+    head, x, y = problem("gaussian")
+    for once in (iter([(x, y)]), ((x, y) for _ in range(3)), zip(x, y, strict=True)):
+        with pytest.raises(
+            ValueError, match=r"read again for every epoch, but a .* can be read only once: give a list"
+        ):
+            fit_forest(head, once)
+    with pytest.raises(TypeError, match="labels and weight belong to features in a tensor"):
+        fit_forest(head, [(x, y)], y)
+    with pytest.raises(TypeError, match=r"need labels \[N, ...\], got None"):
+        fit_forest(head, x)
+    with pytest.raises(TypeError, match="must be a tensor or an iterable of batches, got int"):
+        fit_forest(head, 3)  # type: ignore[arg-type]
+    for batch, got in ((x, "got Tensor"), ((x,), r"got \['Tensor'\]"), ({"x": x}, "got dict"), ((x, 1), "'int'")):
+        with pytest.raises(TypeError, match=r"a batch must be tensors \(features, labels\) or .*" + got):
+            fit_forest(head, [batch])
+    with pytest.raises(ValueError, match=r"equally many samples, got \[240, 6\], \[239, 2\]"):
+        fit_forest(head, [(x, y[1:])])
+    with pytest.raises(TypeError, match="every batch or none must hold a weight"):
+        fit_forest(head, [(x, y), (x, y, torch.ones(N))])
+    for nothing in ([], [(x[:0], y[:0])]):
+        with pytest.raises(ValueError, match="batches need at least one sample in every pass, got none"):
+            fit_forest(head, nothing)

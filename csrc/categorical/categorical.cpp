@@ -3,13 +3,12 @@
 
 #include <limits>
 
+#include "common/dispatch.h"
 #include "common/isa.h"
-#include "common/stable_torch.h"
 
 namespace ff {
 namespace {
 
-using OptionalTensor = std::optional<Tensor>;
 using torch::stable::contiguous;
 using torch::stable::new_empty;
 
@@ -20,20 +19,6 @@ const CategoricalCpu<T>& cpu() {
 #else
   return baseline::categorical_cpu<T>();
 #endif
-}
-
-// Calls f<float> or f<double>.
-template <class F>
-auto dispatch(const char* op, const Tensor& t, F f) {
-  FF_CHECK(t.scalar_type() == ScalarType::Float || t.scalar_type() == ScalarType::Double, op,
-           ": tensors must be float32 or float64");
-  return t.scalar_type() == ScalarType::Float ? f(float{}) : f(double{});
-}
-
-void check_like(const char* op, const char* name, const Tensor& t, const Tensor& like) {
-  FF_CHECK(t.scalar_type() == like.scalar_type(), op, ": ", name, " must have the dtype of the first argument");
-  FF_CHECK(t.get_device() == like.get_device() && t.is_cuda() == like.is_cuda(), op, ": ", name,
-           " must be on the device of the first argument");
 }
 
 // Weights and leaves, checked and made contiguous; owns what the parameters point to.
@@ -150,7 +135,7 @@ void run_leaves(const Mixture& m, CategoricalLeavesParams<T> params, const T* ta
 Tensor categorical_log_prob(const Tensor& weight, const Tensor& leaves, double scale, double eps) {
   const Mixture m("categorical_log_prob", weight, leaves);
   Tensor out = new_output(m.weight, {m.samples, m.trees, m.classes});
-  return dispatch(m.op, m.weight, [&](auto zero) {
+  return with_type(m.op, m.weight, [&](auto zero) {
     using T = decltype(zero);
     CategoricalRowsParams<T> params{m.at<T>(scale, eps), {}, nullptr, out.mutable_data_ptr<T>(), nullptr, nullptr, 1};
     run_rows(m, params);
@@ -165,7 +150,7 @@ std::tuple<Tensor, Tensor> categorical_log_prob_backward(const Tensor& grad_, co
   const Tensor grad = m.numerator("grad", grad_, true);
   Tensor grad_weight = new_output(m.weight, {need_weight ? m.samples : 0, m.trees, m.count});
   Tensor grad_leaves = new_output(m.weight, {need_leaves ? m.trees : 0, m.count, m.classes});
-  return dispatch(m.op, m.weight, [&](auto zero) -> std::tuple<Tensor, Tensor> {
+  return with_type(m.op, m.weight, [&](auto zero) -> std::tuple<Tensor, Tensor> {
     using T = decltype(zero);
     const CategoricalMixture<T> at = m.at<T>(scale, eps);
     if (need_weight)
@@ -186,7 +171,7 @@ std::tuple<Tensor, Tensor> categorical_loss(const Tensor& weight, const Tensor& 
   const Tensor target = m.numerator("target", target_, false);
   Tensor loss = new_empty(m.weight, {m.samples, m.trees});
   Tensor grad = new_output(m.weight, {m.samples, m.trees, need_grad ? m.count : 0});
-  return dispatch(m.op, m.weight, [&](auto zero) -> std::tuple<Tensor, Tensor> {
+  return with_type(m.op, m.weight, [&](auto zero) -> std::tuple<Tensor, Tensor> {
     using T = decltype(zero);
     run_rows(m, CategoricalRowsParams<T>{m.at<T>(scale, eps), target_of<T>(target, kind, threshold), nullptr, nullptr,
                                          loss.mutable_data_ptr<T>(), need_grad ? grad.mutable_data_ptr<T>() : nullptr,
@@ -205,7 +190,7 @@ Tensor categorical_loss_backward_leaves(const Tensor& grad_, const Tensor& weigh
   check_like(m.op, "grad", grad_, m.weight);
   const Tensor grad = contiguous(grad_);
   Tensor out = new_output(m.weight, {m.trees, m.count, m.classes});
-  return dispatch(m.op, m.weight, [&](auto zero) {
+  return with_type(m.op, m.weight, [&](auto zero) {
     using T = decltype(zero);
     run_leaves(
         m,
@@ -219,7 +204,7 @@ Tensor categorical_loss_backward_leaves(const Tensor& grad_, const Tensor& weigh
 void statistics(const Mixture& m, const Tensor& target_, double scale, double eps, double threshold, Tensor& out,
                 bool accumulate) {
   const Tensor target = m.numerator("target", target_, false);
-  dispatch(m.op, m.weight, [&](auto zero) {
+  with_type(m.op, m.weight, [&](auto zero) {
     using T = decltype(zero);
     run_leaves(m,
                CategoricalLeavesParams<T>{m.at<T>(scale, eps), target_of<T>(target, 0, threshold), nullptr, nullptr,

@@ -249,19 +249,17 @@ FF_INLINE DoubleVector log(DoubleVector x) {
 
 // exp of x <= 0, half the steps of the general one (both after Cephes): 0 below the normal range, NaN stays.
 FF_INLINE FloatVector exp_down(FloatVector x) {
-  const FloatVector low = broadcast(-87.33654f), c = x < low ? low : x;
+  const FloatVector c = max(broadcast(-88.f), x);            // in this order NaN stays
   const FloatVector shifted = c * 1.44269504f + 12583039.f;  // 1.5 2^23 + 127: the low bits are the biased exponent
   const FloatVector k = shifted - 12583039.f;
   const FloatVector r = c - k * 0.693359375f - k * -2.12194440e-4f;
-  FloatVector p = broadcast(1.9875691500e-4f);
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.f;
-  const FloatVector e = p * (FloatVector)((IntVector)shifted << 23);
-  return x < low ? FloatVector{} : e;
+  FloatVector p = broadcast(0.00829027221f);
+  p = p * r + 0.0418981612f;
+  p = p * r + 0.166676387f;
+  p = p * r + 0.499991477f;
+  p = p * r + 0.999999702f;
+  p = p * r + 1.f;
+  return p * (FloatVector)((IntVector)shifted << 23);
 }
 FF_INLINE DoubleVector exp_down(DoubleVector x) { return exp(x); }
 

@@ -2,33 +2,15 @@
 #include "gaussian/gaussian.h"
 
 #include <algorithm>
+#include <cmath>
 
+#include "common/dispatch.h"
 #include "common/isa.h"
-#include "common/stable_torch.h"
 
 namespace ff {
 namespace {
 
 using torch::stable::new_empty;
-
-// Calls f with a value of the tensor's element type.
-template <class F>
-void with_type(const char* op, const Tensor& t, const F& f) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float: return f(float{});
-    case ScalarType::Double: return f(double{});
-    default: FF_CHECK(false, op, ": expected float32 or float64");
-  }
-}
-
-template <class T>
-const T* data(const Tensor& t) {
-  return static_cast<const T*>(t.const_data_ptr());
-}
-template <class T>
-T* mutable_data(const Tensor& t) {
-  return static_cast<T*>(t.mutable_data_ptr());
-}
 
 // The arguments every operator has, contiguous.
 struct Given {
@@ -47,18 +29,14 @@ struct Given {
     FF_CHECK(scale_tril.dim() == 3 && scale_tril.size(0) == leaves && scale_tril.size(1) == dims &&
                  scale_tril.size(2) == dims,
              op, ": scale_tril must be [", leaves, ", ", dims, ", ", dims, "], got ", shape(scale_tril));
-    same(op, "mean", mean);
-    same(op, "scale_tril", scale_tril);
+    check_like(op, "mean", mean, x);
+    check_like(op, "scale_tril", scale_tril, x);
     size = {x.size(0), leaves, int(dims)};
-  }
-  void same(const char* op, const char* name, const Tensor& t) const {
-    FF_CHECK(t.scalar_type() == x.scalar_type() && t.get_device() == x.get_device(), op, ": ", name,
-             " must have the dtype and device of x");
   }
   Tensor per_leaf(const char* op, const char* name, const Tensor& t) const {
     FF_CHECK(t.dim() == 2 && t.size(0) == size.samples && t.size(1) == size.leaves, op, ": ", name, " must be [",
              size.samples, ", ", size.leaves, "], got ", shape(t));
-    same(op, name, t);
+    check_like(op, name, t, x);
     return torch::stable::contiguous(t);
   }
   bool empty() const { return size.samples == 0 || size.leaves == 0; }
@@ -87,21 +65,23 @@ void parallel_work(int64_t items, double flops_an_item, const F& f) {
 }
 #endif
 
-// The leaves prepared, and on the CPU the samples in panels.
+// The leaves prepared, and on the CPU, where densities or moments read them, the samples in panels.
 template <class T>
 struct Prepared {
-  Tensor whiten, log_norm, panels;
+  Tensor whiten, log_norm, lanes, panels;
   GaussianLeaves<T> leaves;
-  const T* x;
+  const T* x;  // as densities read it
 
-  Prepared(const char* op, const Given& g, bool gradients = false)
+  Prepared(const char* op, const Given& g, bool gradients = false, bool moments = false)
       : whiten(new_output(g.x, {g.size.leaves, on_cuda(g.x) ? int64_t(g.size.dims) * g.size.dims
                                                             : gaussian_whiten_size(g.size.dims, gradients)})),
         log_norm(new_empty(g.x, {g.size.leaves})),
+        lanes(g.x),
         panels(g.x),
-        leaves{data<T>(g.mean), data<T>(g.scale_tril), mutable_data<T>(whiten), mutable_data<T>(log_norm)},
-        x(data<T>(g.x)) {
-    (void)gradients;
+        leaves{g.mean.const_data_ptr<T>(), g.scale_tril.const_data_ptr<T>(), whiten.mutable_data_ptr<T>(),
+               log_norm.mutable_data_ptr<T>()},
+        x(g.x.const_data_ptr<T>()) {
+    (void)gradients, (void)moments;
 #ifdef FF_HAS_CUDA_LAUNCHERS
     if (on_cuda(g.x)) {
       const DeviceScope scope(g.x);
@@ -112,13 +92,21 @@ struct Prepared {
 #ifndef FF_HOST_SHIM
     (void)op;
     const double D = g.size.dims;
+    const bool few = g.size.dims <= kFewDims;
+    if (few) {
+      lanes = new_empty(g.x,
+                        {(g.size.leaves + kLeafGroup - 1) / kLeafGroup, gaussian_lane_fields(g.size.dims), kLeafGroup});
+      torch::stable::zero_(lanes);
+      leaves.lanes = lanes.mutable_data_ptr<T>();
+    }
     parallel_work(g.size.leaves, D * D * D / 3,
                   [&](int64_t b, int64_t e) { table<T>().whiten(g.size, leaves, gradients, b, e); });
+    if (few && !moments) return;
     panels = new_empty(g.x, {panels_of(g.size), g.size.dims, kPanel});
-    T* to = mutable_data<T>(panels);
+    T* to = panels.mutable_data_ptr<T>();
     parallel_work(panels_of(g.size), 4 * D * kPanel,
-                  [&](int64_t b, int64_t e) { table<T>().pack(g.size, data<T>(g.x), to, b, e); });
-    x = to;
+                  [&](int64_t b, int64_t e) { table<T>().pack(g.size, g.x.const_data_ptr<T>(), to, b, e); });
+    if (!few) x = to;
 #endif
   }
 };
@@ -126,9 +114,13 @@ struct Prepared {
 #ifndef FF_HOST_SHIM
 template <class T>
 void log_prob_cpu(const GaussianLogProbParams<T>& p) {
-  const double D = p.size.dims, flops = (D * D + 4 * D + 8) * kPanel * kLeafGroup;
-  const int64_t tasks = panels_of(p.size) * ((p.size.leaves + kLeafGroup - 1) / kLeafGroup);
-  parallel_work(tasks, flops, [&](int64_t b, int64_t e) { table<T>().log_prob(p, b, e); });
+  const double D = p.size.dims, flops = (D * D + 4 * D + 8) * kPanel;
+  const int64_t groups = (p.size.leaves + kLeafGroup - 1) / kLeafGroup;
+  if (p.size.dims <= kFewDims)
+    return parallel_work(panels_of(p.size), flops * double(p.size.leaves),
+                         [&](int64_t b, int64_t e) { table<T>().log_prob(p, b, e); });
+  parallel_work(panels_of(p.size) * groups, flops * kLeafGroup,
+                [&](int64_t b, int64_t e) { table<T>().log_prob(p, b, e); });
 }
 
 // In pieces that stay in the cache between the densities and their log-sum-exp. `rows` [N, K] or null.
@@ -139,7 +131,7 @@ void mixture_cpu(const Given& g, const Prepared<T>& prepared, const T* log_weigh
   for (int64_t first = 0; first < g.size.samples; first += piece) {
     GaussianSize size = g.size;
     size.samples = std::min(piece, g.size.samples - first);
-    T* to = rows ? rows + first * K : mutable_data<T>(scratch);
+    T* to = rows ? rows + first * K : scratch.mutable_data_ptr<T>();
     log_prob_cpu<T>({size, prepared.leaves, prepared.x + first * size.dims, to});
     const GaussianMixtureParams<T> p{size, prepared.leaves, nullptr, log_weight + first * K, log_prob + first, to};
     parallel_work(size.samples, 40.0 * K, [&](int64_t b, int64_t e) { table<T>().mixture(p, false, b, e); });
@@ -155,7 +147,7 @@ Tensor log_prob(const Tensor& x, const Tensor& mean, const Tensor& scale_tril) {
   with_type(op, g.x, [&](auto type) {
     using T = decltype(type);
     const Prepared<T> prepared(op, g);
-    const GaussianLogProbParams<T> p{g.size, prepared.leaves, prepared.x, mutable_data<T>(out)};
+    const GaussianLogProbParams<T> p{g.size, prepared.leaves, prepared.x, out.mutable_data_ptr<T>()};
 #ifdef FF_HAS_CUDA_LAUNCHERS
     if (on_cuda(g.x)) {
       const DeviceScope scope(g.x);
@@ -190,16 +182,16 @@ std::tuple<Tensor, Tensor, Tensor> log_prob_backward(const Tensor& grad_in, cons
     GaussianBackwardParams<T> p{s,
                                 prepared.leaves,
                                 prepared.x,
-                                data<T>(grad),
-                                needs_x ? mutable_data<T>(grad_x) : nullptr,
-                                needs_mean ? mutable_data<T>(grad_mean) : nullptr,
-                                needs_scale_tril ? mutable_data<T>(grad_scale_tril) : nullptr,
+                                grad.const_data_ptr<T>(),
+                                needs_x ? grad_x.mutable_data_ptr<T>() : nullptr,
+                                needs_mean ? grad_mean.mutable_data_ptr<T>() : nullptr,
+                                needs_scale_tril ? grad_scale_tril.mutable_data_ptr<T>() : nullptr,
                                 nullptr};
 #ifdef FF_HAS_CUDA_LAUNCHERS
     if (on_cuda(g.x)) {
       const DeviceScope scope(g.x);
       const Tensor scratch = new_empty(g.x, {gaussian_backward_scratch_cuda(s)});
-      p.scratch = mutable_data<T>(scratch);
+      p.scratch = scratch.mutable_data_ptr<T>();
       return check_cuda(op, gaussian_backward_cuda(p, scope.stream()));
     }
 #endif
@@ -209,7 +201,7 @@ std::tuple<Tensor, Tensor, Tensor> log_prob_backward(const Tensor& grad_in, cons
     const int64_t of_x = needs_x ? grid.leaf_ranges * panels_of(s) * kPanel * s.dims : 0;
     const Tensor scratch =
         new_output(g.x, {of_x + (of_leaves ? grid.sample_ranges * s.leaves * gaussian_moment_size(s) : 0)});
-    p.scratch = mutable_data<T>(scratch);
+    p.scratch = scratch.mutable_data_ptr<T>();
     const double D = s.dims;
     parallel_chunks(grid.tasks(), 1, [&](int64_t b, int64_t e) { table<T>().backward(p, b, e); });
     if (needs_x)
@@ -235,61 +227,83 @@ std::tuple<Tensor, Tensor> mixture(const Tensor& x, const Tensor& log_weight_in,
   with_type(op, g.x, [&](auto type) {
     using T = decltype(type);
     const Prepared<T> prepared(op, g);
-    T* rows = needs_posterior ? mutable_data<T>(posterior) : nullptr;
+    T* rows = needs_posterior ? posterior.mutable_data_ptr<T>() : nullptr;
 #ifdef FF_HAS_CUDA_LAUNCHERS
     if (on_cuda(g.x)) {
       const DeviceScope scope(g.x);
       // With room for every leaf's density the leaves of a sample are shared by blocks.
       const bool room = !rows && g.size.samples * g.size.leaves <= int64_t(1) << 24;
       const Tensor densities = new_empty(g.x, {room ? g.size.samples : 0, g.size.leaves});
-      if (room) rows = mutable_data<T>(densities);
+      if (room) rows = densities.mutable_data_ptr<T>();
       const GaussianMixtureParams<T> p{
-          g.size, prepared.leaves, prepared.x, data<T>(log_weight), mutable_data<T>(log_prob), rows};
+          g.size, prepared.leaves, prepared.x, log_weight.const_data_ptr<T>(), log_prob.mutable_data_ptr<T>(), rows};
       return check_cuda(op, gaussian_mixture_cuda(p, scope.stream()));
     }
 #endif
 #ifndef FF_HOST_SHIM
-    mixture_cpu<T>(g, prepared, data<T>(log_weight), mutable_data<T>(log_prob), rows);
+    mixture_cpu<T>(g, prepared, log_weight.const_data_ptr<T>(), log_prob.mutable_data_ptr<T>(), rows);
 #endif
   });
   return {log_prob, posterior};
 }
 
+#ifdef FF_HAS_CUDA_LAUNCHERS
+// t [N, K] times factor [N], in place.
+void scale_rows(const Tensor& t, const Tensor& factor) {
+  // aten::mul_.Tensor(Tensor(a!) self, Tensor other) -> Tensor(a!)
+  StableIValue stack[] = {torch::stable::detail::from(t),
+                          torch::stable::detail::from(torch::stable::unsqueeze(factor, 1))};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mul_", "Tensor", stack, TORCH_ABI_VERSION));
+  torch::stable::detail::to<Tensor>(stack[0]);  // takes the reference that was returned
+}
+#endif
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> statistics(const Tensor& x, const Tensor& log_weight_in, const Tensor& mean,
-                                                      const Tensor& scale_tril) {
+                                                      const Tensor& scale_tril, const OptionalTensor& weight_in) {
   const char* op = "gaussian_statistics";
   const Given g(op, x, mean, scale_tril);
   const Tensor log_weight = g.per_leaf(op, "log_weight", log_weight_in);
   const GaussianSize& s = g.size;
   FF_CHECK(s.leaves > 0, op, ": mean must have a leaf, got ", shape(mean));
   Tensor count = new_empty(g.x, {s.leaves}), first = new_empty(g.x, {s.leaves, s.dims});
-  Tensor second = new_empty(g.x, {s.leaves, s.dims, s.dims}), log_prob = new_empty(g.x, {s.samples});
+  Tensor second = new_empty(g.x, {s.leaves, s.dims, s.dims}), log_prob = new_empty(g.x, {s.samples}), weight;
+  if (weight_in) {
+    FF_CHECK(weight_in->dim() == 1 && weight_in->size(0) == s.samples, op, ": weight must be [", s.samples, "], got ",
+             shape(*weight_in));
+    check_like(op, "weight", *weight_in, g.x);
+    weight = torch::stable::contiguous(*weight_in);
+  }
   if (g.empty()) {
     for (Tensor* t : {&count, &first, &second}) torch::stable::zero_(*t);
     return {count, first, second, log_prob};
   }
   with_type(op, g.x, [&](auto type) {
     using T = decltype(type);
-    const Prepared<T> prepared(op, g);
+    const Prepared<T> prepared(op, g, false, true);
     GaussianStatisticsParams<T> p{s,
                                   prepared.leaves,
                                   prepared.x,
-                                  data<T>(log_prob),
+                                  log_prob.const_data_ptr<T>(),
                                   nullptr,
-                                  mutable_data<T>(count),
-                                  mutable_data<T>(first),
-                                  mutable_data<T>(second),
+                                  count.mutable_data_ptr<T>(),
+                                  first.mutable_data_ptr<T>(),
+                                  second.mutable_data_ptr<T>(),
                                   nullptr};
 #ifdef FF_HAS_CUDA_LAUNCHERS
     if (on_cuda(g.x)) {
       const DeviceScope scope(g.x);
       const Tensor posterior = new_output(g.x, {s.samples, s.leaves});
-      p.posterior = data<T>(posterior);
-      const GaussianMixtureParams<T> m{
-          s, prepared.leaves, prepared.x, data<T>(log_weight), mutable_data<T>(log_prob), mutable_data<T>(posterior)};
+      p.posterior = posterior.const_data_ptr<T>();
+      const GaussianMixtureParams<T> m{s,
+                                       prepared.leaves,
+                                       prepared.x,
+                                       log_weight.const_data_ptr<T>(),
+                                       log_prob.mutable_data_ptr<T>(),
+                                       posterior.mutable_data_ptr<T>()};
       check_cuda(op, gaussian_mixture_cuda(m, scope.stream()));
+      if (weight_in) scale_rows(posterior, weight);
       const Tensor scratch = new_empty(g.x, {gaussian_statistics_scratch_cuda(s)});
-      p.scratch = mutable_data<T>(scratch);
+      p.scratch = scratch.mutable_data_ptr<T>();
       return check_cuda(op, gaussian_statistics_cuda(p, scope.stream()));
     }
 #endif
@@ -303,18 +317,28 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> statistics(const Tensor& x, const Ten
     const Tensor posterior = new_output(g.x, {size.samples, s.leaves});
     Tensor scratch = new_output(g.x, {ranges * s.leaves * gaussian_moment_size(s)});
     torch::stable::zero_(scratch);
-    p.scratch = mutable_data<T>(scratch);
-    p.posterior = data<T>(posterior);
-    T* panels = mutable_data<T>(prepared.panels);
+    p.scratch = scratch.mutable_data_ptr<T>();
+    p.posterior = posterior.const_data_ptr<T>();
+    T* panels = prepared.panels.template mutable_data_ptr<T>();
+    const T* counts = weight_in ? weight.const_data_ptr<T>() : nullptr;
+    for (int64_t n = 0; counts && n < s.samples; ++n)
+      FF_CHECK(counts[n] >= T(0) && counts[n] - counts[n] == T(0), op, ": weight must be finite and at least 0, got ",
+               counts[n], " in sample ", n);
     for (int64_t begin = 0; begin < s.samples; begin += piece) {
       p.size.samples = std::min(piece, s.samples - begin);
       p.x = panels + begin * s.dims;
-      T* log_probs = mutable_data<T>(log_prob) + begin;
-      const T* weights = data<T>(log_weight) + begin * s.leaves;
-      log_prob_cpu<T>({p.size, prepared.leaves, p.x, mutable_data<T>(posterior)});
+      T* log_probs = log_prob.mutable_data_ptr<T>() + begin;
+      const T* weights = log_weight.const_data_ptr<T>() + begin * s.leaves;
+      log_prob_cpu<T>({p.size, prepared.leaves, prepared.x + begin * s.dims, posterior.mutable_data_ptr<T>()});
       const GaussianMixtureParams<T> m{p.size,  prepared.leaves, nullptr,
-                                       weights, log_probs,       mutable_data<T>(posterior)};
-      parallel_work(p.size.samples, 40.0 * s.leaves, [&](int64_t b, int64_t e) { table<T>().mixture(m, true, b, e); });
+                                       weights, log_probs,       posterior.mutable_data_ptr<T>()};
+      parallel_work(p.size.samples, 40.0 * s.leaves, [&](int64_t b, int64_t e) {
+        table<T>().mixture(m, true, b, e);
+        for (int64_t n = b; counts && n < e; ++n) {
+          const T root = std::sqrt(counts[begin + n]);
+          for (int64_t k = 0; k < s.leaves; ++k) m.posterior[n * s.leaves + k] *= root;
+        }
+      });
       // A sample that counts nothing must not reach the sums as 0 times NaN.
       for (int64_t n = begin; n < begin + p.size.samples; ++n)
         if (p.log_prob[n] - p.log_prob[n] != T(0))
@@ -338,7 +362,7 @@ FF_SCHEMAS(m) {
       "gaussian_mixture(Tensor x, Tensor log_weight, Tensor mean, Tensor scale_tril, bool needs_posterior) -> "
       "(Tensor, Tensor)");
   m.def(
-      "gaussian_statistics(Tensor x, Tensor log_weight, Tensor mean, Tensor scale_tril) -> "
+      "gaussian_statistics(Tensor x, Tensor log_weight, Tensor mean, Tensor scale_tril, Tensor? weight) -> "
       "(Tensor, Tensor, Tensor, Tensor)");
 }
 

@@ -22,13 +22,16 @@ struct GaussianLeaves {
   T* whiten;            // [K, D, D]  scratch, filled by gaussian_whiten: W, zeros above the diagonal.
                         //            CPU: [K, gaussian_whiten_size], see gaussian_cpu.cpp
   T* log_norm;          // [K]        scratch, filled by gaussian_whiten: -(D log 2 pi) / 2 - sum_i log L_ii
+  T* lanes = nullptr;   // CPU, D <= kFewDims: [ceil(K / kLeafGroup), gaussian_lane_fields, kLeafGroup] scratch, zeros
+                        // before gaussian_whiten: mean, W by rows, log_norm, a flag, what rounding took from W
 };
 
 template <class T>
 struct GaussianLogProbParams {
   GaussianSize size;
   GaussianLeaves<T> leaves;
-  const T* x;  // [N, D]; on the CPU, here and below, panels [ceil(N / kPanel), D, kPanel], zeros behind the last sample
+  const T* x;  // [N, D]; on the CPU, here and below, panels [ceil(N / kPanel), D, kPanel], zeros behind the last
+               // sample. In at most kFewDims dimensions densities and their gradients read [N, D]
   T* log_prob;  // [N, K]  log_norm - |z|^2 / 2
 };
 
@@ -71,6 +74,7 @@ constexpr int kPanel = 64;       // samples of a CPU panel
 constexpr int kLeafGroup = 16;   // leaves of a CPU task
 constexpr int kChunk = 512;      // samples over which a CPU task sums in registers
 constexpr int kCarefulDims = 6;  // up to here an ill-conditioned leaf is whitened in double
+constexpr int kFewDims = 4;      // up to here lanes go over leaves
 constexpr int kMostTasks = 16;   // of a CPU reduction in either direction: sums repeat for any number of threads
 
 // Partial sums of one leaf: second moments [D4, D4] (lower triangle), first [D4], count; D4 is D, rounded up to fours.
@@ -99,6 +103,8 @@ inline int64_t gaussian_whiten_size(int dims, bool gradients) {
   return gaussian_block_size(dims) * (gradients || dims <= kCarefulDims ? 2 : 1);
 }
 
+inline int64_t gaussian_lane_fields(int dims) { return dims + int64_t(dims) * (dims + 1) + 2; }
+
 // CPU kernels of one instruction set; each does the items [begin, end) of what the comment names.
 template <class T>
 struct GaussianCpu {
@@ -106,7 +112,7 @@ struct GaussianCpu {
   void (*pack)(const GaussianSize&, const T* x, T* panels, int64_t begin, int64_t end);
   // leaves
   void (*whiten)(const GaussianSize&, const GaussianLeaves<T>&, bool gradients, int64_t begin, int64_t end);
-  // panel * groups + leaf group
+  // panels in few dimensions, panel * groups + leaf group in more
   void (*log_prob)(const GaussianLogProbParams<T>&, int64_t begin, int64_t end);
   // samples; posterior holds log N before. roots: leaves sqrt(posterior), zeros where log_prob is not finite
   void (*mixture)(const GaussianMixtureParams<T>&, bool roots, int64_t begin, int64_t end);

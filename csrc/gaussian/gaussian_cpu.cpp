@@ -1,9 +1,11 @@
 // CPU kernels of the gaussian room. Compiled once per instruction set (FF_ISA): every helper has internal linkage.
 //
 // Lanes go over samples: x stands in panels [D][64], and for one leaf d = x - m, z = W d and |z|^2 never leave the
-// registers and L1. Differences come first: W x - W m would cancel where a leaf is narrow and far from the origin.
-// FLOPs a sample and leaf: D^2 + 4 D forward; 3 D^2 more for all gradients (z again, W^T z, sum g z z^T); D^2 for the
-// second moments of EM. The triangle is exact: blocks of kRows rows of W, a block's own corner unrolled.
+// registers and L1. In at most kFewDims dimensions they go over leaves instead: the arithmetic of a density is then
+// less than that of transposing it into its row. Differences come first: W x - W m would cancel where a leaf is narrow
+// and far from the origin. FLOPs a sample and leaf: D^2 + 4 D forward; 3 D^2 more for all gradients (z again, W^T z,
+// sum g z z^T); D^2 for the second moments of EM. The triangle is exact: blocks of kRows rows of W, a block's own
+// corner unrolled.
 #include <algorithm>
 #include <cstdlib>
 #include <memory>
@@ -237,7 +239,22 @@ void whiten(const GaussianSize& s, const GaussianLeaves<T>& leaves, bool gradien
         of_w += inverse[int64_t(i) * width + j] * inverse[int64_t(i) * width + j];
         of_l += double(tril[i * D + j]) * tril[i * D + j];
       }
-    forward[size - 1] = sizeof(T) == 4 && D <= kCarefulDims && !(of_w * of_l < kWellConditioned * D * D);
+    const bool careful = sizeof(T) == 4 && D <= kCarefulDims && !(of_w * of_l < kWellConditioned * D * D);
+    forward[size - 1] = careful;
+    if (leaves.lanes) {
+      T* at = leaves.lanes + k / kLeafGroup * gaussian_lane_fields(D) * kLeafGroup + k % kLeafGroup;
+      const auto put = [&](double value) {
+        *at = T(value);
+        at += kLeafGroup;
+      };
+      for (int j = 0; j < D; ++j) put(leaves.mean[k * D + j]);
+      for (int i = 0; i < D; ++i)
+        for (int j = 0; j <= i; ++j) put(inverse[int64_t(i) * width + j]);
+      put(leaves.log_norm[k]);
+      put(careful);
+      for (int i = 0; i < D; ++i)
+        for (int j = 0; j <= i; ++j) put(inverse[int64_t(i) * width + j] - double(T(inverse[int64_t(i) * width + j])));
+    }
     each_block(D, [&](auto rows, int i0) {
       constexpr int R = decltype(rows)::value;
       for (int j = 0; j < i0 + R; ++j)
@@ -259,6 +276,7 @@ FF_INLINE void careful_squares(const float* panel, const float* mean, const floa
                                float* out) {
   typedef float Half __attribute__((vector_size(FF_VECTOR_BYTES / 2)));
   constexpr int L = kLanes<double>;
+  if (dims > kCarefulDims) __builtin_unreachable();
   double full[kCarefulDims * kCarefulDims];
   const float* remainder = w + gaussian_block_size(dims);
   each_block(dims, [&](auto rows, int i0) __attribute__((always_inline)) {
@@ -280,34 +298,111 @@ FF_INLINE void careful_squares(const float* panel, const float* mean, const floa
   }
 }
 
-// z of one vector in at most kRows dimensions, all in registers; w the forward block.
+// A vector of leaves in at most kFewDims dimensions, from its place in `lanes`.
 template <class T, int D>
-FF_INLINE void few_whitened(const T* panel, const T* mean, const T* w, Vector<T> (&z)[D]) {
-#pragma GCC unroll 4
-  for (int j = 0; j < D; ++j) {
-    const Vector<T> d = load(panel + j * kPanel) - mean[j];
-#pragma GCC unroll 4
-    for (int i = j; i < D; ++i) z[i] = j ? z[i] + w[j * D + i] * d : w[j * D + i] * d;
-  }
-}
+struct FewLeaves {
+  static constexpr int kPairs = D * (D + 1) / 2;
+  const T* at;  // mean
 
-template <class T, int D>
-FF_INLINE void few_dims(const T* panel, const T* mean, const T* w, T log_norm, T* out) {
+  FF_INLINE static FewLeaves of(const GaussianLeaves<T>& leaves, int64_t k) {
+    return {leaves.lanes + k / kLeafGroup * gaussian_lane_fields(D) * kLeafGroup + k % kLeafGroup};
+  }
+  FF_INLINE const T* mean(int j) const { return at + j * kLeafGroup; }
+  FF_INLINE const T* w(int i, int j) const { return at + (D + i * (i + 1) / 2 + j) * kLeafGroup; }
+  FF_INLINE const T* log_norm() const { return at + (D + kPairs) * kLeafGroup; }
+  FF_INLINE const T* careful() const { return log_norm() + kLeafGroup; }
+  FF_INLINE const T* rest(int i, int j) const { return careful() + (1 + i * (i + 1) / 2 + j) * kLeafGroup; }
+
+  FF_INLINE void whitened(const T* x, Vector<T> (&z)[D]) const {
 #pragma GCC unroll 4
-  for (int v = 0; v < kVectors; ++v) {
+    for (int j = 0; j < D; ++j) {
+      const Vector<T> d = x[j] - load(mean(j));
+#pragma GCC unroll 4
+      for (int i = j; i < D; ++i) z[i] = j ? z[i] + load(w(i, j)) * d : load(w(i, j)) * d;
+    }
+  }
+  FF_INLINE Vector<T> density(const T* x) const {
     Vector<T> z[D];
-    few_whitened<T, D>(panel + v * kLanes<T>, mean, w, z);
+    whitened(x, z);
     Vector<T> squares = z[0] * z[0];
 #pragma GCC unroll 4
     for (int i = 1; i < D; ++i) squares += z[i] * z[i];
-    store(out + v * kLanes<T>, gaussian_log_density(log_norm, squares));
+    return gaussian_log_density(T(0), squares) + load(log_norm());
   }
+};
+
+// Densities in double of the leaves whose flag is set: where D is small, the cancellation inside z is all of the
+// result's error (condition number 1e6, D 2: 3e-5 of the log density in float32).
+template <int D>
+FF_INLINE FloatVector careful_density(const FewLeaves<float, D>& leaves, const float* x, FloatVector plain) {
+  typedef float Half __attribute__((vector_size(FF_VECTOR_BYTES / 2)));
+  constexpr int L = kLanes<double>;
+  const auto wide = [](const float* p) __attribute__((always_inline)) {
+    Half at;
+    __builtin_memcpy(&at, p, sizeof(at));
+    return __builtin_convertvector(at, DoubleVector);
+  };
+  const FloatVector flag = load(leaves.careful());
+  if (max_lane<float>(flag) == 0.f) return plain;
+  float result[2 * L];
+  for (int l = 0; l < 2 * L; l += L) {
+    DoubleVector d[D], squares{};
+    for (int i = 0; i < D; ++i) {
+      d[i] = double(x[i]) - wide(leaves.mean(i) + l);
+      DoubleVector z{};
+      for (int j = 0; j <= i; ++j) z += (wide(leaves.w(i, j) + l) + wide(leaves.rest(i, j) + l)) * d[j];
+      squares += z * z;
+    }
+    const Half half = __builtin_convertvector(wide(leaves.log_norm() + l) - 0.5 * squares, Half);
+    __builtin_memcpy(result + l, &half, sizeof(half));
+  }
+  return flag > 0.f ? load(result) : plain;
+}
+
+// Samples [begin, end). A leaf is loaded once for some of them.
+template <class T, int D, bool kCareful>
+void few_dims(const GaussianLogProbParams<T>& p, int64_t begin, int64_t end) {
+  constexpr int L = kLanes<T>;
+  const int64_t K = p.size.leaves;
+  const auto some = [&](auto samples, int64_t n) __attribute__((always_inline)) {
+    const T* x = p.x + n * D;
+    T* out = p.log_prob + n * K;
+    for (int64_t k = 0; k < K; k += L) {
+      const auto leaves = FewLeaves<T, D>::of(p.leaves, k);
+      for (int i = 0; i < samples; ++i) {
+        Vector<T> density = leaves.density(x + i * D);
+        if constexpr (kCareful) density = careful_density<D>(leaves, x + i * D, density);
+        if (K - k >= L)
+          store(out + i * K + k, density);
+        else
+          store_partial(out + i * K + k, density, int(K - k));
+      }
+    }
+  };
+  int64_t n = begin;
+  for (; n + 4 <= end; n += 4) some(std::integral_constant<int, 4>{}, n);
+  for (; n < end; ++n) some(std::integral_constant<int, 1>{}, n);
+}
+
+template <class T>
+bool any_careful(const GaussianLogProbParams<T>& p) {
+  for (int64_t k = 0; k < p.size.leaves; ++k)
+    if (p.leaves.whiten[k * gaussian_whiten_size(p.size.dims, false) + gaussian_block_size(p.size.dims) - 1] != T(0))
+      return true;
+  return false;
 }
 
 template <class T>
 void log_prob(const GaussianLogProbParams<T>& p, int64_t begin, int64_t end) {
   constexpr int L = kLanes<T>;
   const int D = p.size.dims;
+  if (D <= kFewDims)
+    return each_block(D, [&](auto dims, int) {
+      const int64_t first = begin * kPanel, last = std::min(end * kPanel, p.size.samples);
+      if constexpr (sizeof(T) == 4)
+        if (any_careful(p)) return few_dims<T, dims.value, true>(p, first, last);
+      few_dims<T, dims.value, false>(p, first, last);
+    });
   const int64_t K = p.size.leaves, groups = (K + kLeafGroup - 1) / kLeafGroup;
   alignas(64) T d[kMostDims * kStrip<T>], tile[kLeafGroup * kPanel];
   for (int64_t task = begin; task < end; ++task) {
@@ -327,12 +422,6 @@ void log_prob(const GaussianLogProbParams<T>& p, int64_t begin, int64_t end) {
             careful_squares(panel + strip, mean, w, p.leaves.log_norm[k], D, out);
             continue;
           }
-        if (D <= kRows) {
-          each_block(D, [&](auto rows, int) __attribute__((always_inline)) {
-            few_dims<T, rows.value>(panel + strip, mean, w, p.leaves.log_norm[k], out);
-          });
-          continue;
-        }
         differences(panel + strip, mean, D, d);
         Vector<T> squares[kVectors] = {};
         each_block(D, [&](auto rows, int i0) __attribute__((always_inline)) {
@@ -499,44 +588,94 @@ T* moments_begin(const GaussianBackwardParams<T>& p) {
   return p.scratch + (p.grad_x ? GaussianGrid(p.size).leaf_ranges * panels_of(p.size) * p.size.dims * kPanel : 0);
 }
 
-// One leaf and one chunk in at most kRows dimensions, all in registers. grad_x [panels][D][kPanel] is added to;
-// `second` the leaf's moments; either may be null.
-template <class T, int D>
-FF_INLINE void few_dims_backward(const T* panels, const T* mean, const T* w, const T* grad, int samples, T* grad_x,
-                                 T* second) {
-  constexpr int L = kLanes<T>;
-  constexpr int kPairs = D * (D + 1) / 2, kSums = (kPairs + D + 1 + L - 1) / L * L;
-  Vector<T> totals[kSums] = {};
-  for (int n = 0; n < samples; n += L) {
-    const int64_t at = int64_t(n / kPanel) * kPanel * D + n % kPanel;
-    const Vector<T> g = load(grad + n);
-    Vector<T> z[D];
-    few_whitened<T, D>(panels + at, mean, w, z);
-    int pair = 0;
+constexpr int kFewSamples = 128;  // whose grad_x, one vector a dimension, stays in L1 (D 2: 16 KB)
+
+// Some vectors of leaves and at most kFewSamples samples: adds to `moments` [kSums][L] a vector of leaves: sum u z^T,
+// sum u, sum g; and, unless it is null, to grad_x [kFewSamples][D][L], whose lanes are still to be summed.
+template <class T, int D, int kSome>
+FF_INLINE void few_dims_backward(const GaussianBackwardParams<T>& p, int64_t k, int64_t first, int samples, T* grad_x,
+                                 T* moments) {
+  constexpr int L = kLanes<T>, kPairs = D * (D + 1) / 2, kSums = kPairs + D + 1;
+  const int64_t K = p.size.leaves;
+  Vector<T> totals[kSome][kSums];
+#pragma GCC unroll 2
+  for (int s = 0; s < kSome; ++s)
+#pragma GCC unroll 16
+    for (int i = 0; i < kSums; ++i) totals[s][i] = load(moments + (s * kSums + i) * L);
+  const int columns = int(std::min<int64_t>(L, K - k - (kSome - 1) * L));  // of the last vector
+  for (int n = 0; n < samples; ++n) {
+    const T *x = p.x + (first + n) * D, *grad = p.grad + (first + n) * K + k;
+    Vector<T> y[D] = {};
+#pragma GCC unroll 2
+    for (int s = 0; s < kSome; ++s) {
+      const auto leaves = FewLeaves<T, D>::of(p.leaves, k + s * L);
+      const Vector<T> g = s < kSome - 1 || columns == L ? load(grad + s * L) : load_partial(grad + s * L, columns);
+      Vector<T> z[D];
+      leaves.whitened(x, z);
+      int pair = 0;
 #pragma GCC unroll 4
-    for (int i = 0; i < D; ++i) {
-      const Vector<T> u = g * z[i];
+      for (int i = 0; i < D; ++i) {
+        const Vector<T> u = g * z[i];
 #pragma GCC unroll 4
-      for (int j = 0; j <= i; ++j) totals[pair++] += u * z[j];
-      totals[kPairs + i] += u;
+        for (int j = 0; j <= i; ++j) {
+          totals[s][pair++] += u * z[j];
+          y[j] += load(leaves.w(i, j)) * u;
+        }
+        totals[s][kPairs + i] += u;
+      }
+      totals[s][kPairs + D] += g;
     }
-    totals[kPairs + D] += g;
     if (grad_x)
 #pragma GCC unroll 4
-      for (int j = 0; j < D; ++j) {
-        Vector<T> y = w[j * D + j] * z[j];
+      for (int j = 0; j < D; ++j) store(grad_x + (n * D + j) * L, load(grad_x + (n * D + j) * L) + y[j]);
+  }
+#pragma GCC unroll 2
+  for (int s = 0; s < kSome; ++s)
+#pragma GCC unroll 16
+    for (int i = 0; i < kSums; ++i) store(moments + (s * kSums + i) * L, totals[s][i]);
+}
+
+// A task in few dimensions: its leaves' moments, and its part of grad_x in panels.
+template <class T, int D>
+void few_dims_task(const GaussianBackwardParams<T>& p, const Task& task, bool of_leaves) {
+  constexpr int L = kLanes<T>, kPairs = D * (D + 1) / 2, kSums = kPairs + D + 1;
+  const GaussianSize& s = p.size;
+  const int64_t first_leaf = task.first_group * kLeafGroup;
+  const int64_t last_leaf = std::min(s.leaves, task.last_group * kLeafGroup);
+  const int64_t vectors = (last_leaf - first_leaf + L - 1) / L;
+  Buffer<T> moments(vectors * kSums * L), sums_x(p.grad_x ? kFewSamples * D * L : 1);
+  std::fill(+moments, moments + vectors * kSums * L, T(0));
+  const int64_t end = std::min(s.samples, task.last_chunk * kChunk);
+  for (int64_t first = task.first_chunk * kChunk; first < end; first += kFewSamples) {
+    const int samples = int(std::min<int64_t>(kFewSamples, end - first));
+    T* grad_x = p.grad_x ? +sums_x : nullptr;
+    if (grad_x) std::fill(grad_x, grad_x + kFewSamples * D * L, T(0));
+    constexpr int kSome = D <= 2 ? 2 : 1;
+    int64_t v = 0;
+    for (; v + kSome <= vectors; v += kSome)
+      few_dims_backward<T, D, kSome>(p, first_leaf + v * L, first, samples, grad_x, moments + v * kSums * L);
+    for (; v < vectors; ++v)
+      few_dims_backward<T, D, 1>(p, first_leaf + v * L, first, samples, grad_x, moments + v * kSums * L);
+    if (!grad_x) continue;
+    T* out = p.scratch + (task.leaf_range * ((s.samples + kPanel - 1) / kPanel) * kPanel + first) * D;
+    for (int n = 0; n < (samples + kPanel - 1) / kPanel * kPanel; n += L)
 #pragma GCC unroll 4
-        for (int i = j + 1; i < D; ++i) y += w[j * D + i] * z[i];
-        store(grad_x + at + j * kPanel, load(grad_x + at + j * kPanel) + g * y);
+      for (int j = 0; j < D; ++j) {
+        Vector<T> lanes[L];
+#pragma GCC unroll 16
+        for (int i = 0; i < L; ++i) lanes[i] = load(grad_x + ((n + i) * D + j) * L);
+        sums<T>(lanes, out + int64_t(n / kPanel) * kPanel * D + j * kPanel + n % kPanel);
       }
   }
-  if (!second) return;
-  alignas(64) T result[kSums];
-  sums<T>(totals, result);
-  const T* from = result;
-  for (int i = 0; i < D; ++i)
-    for (int j = 0; j <= i; ++j) second[i * kRows + j] += *from++;
-  for (int i = 0; i <= D; ++i) second[kRows * kRows + (i < D ? i : kRows)] += *from++;
+  if (!of_leaves) return;
+  for (int64_t k = first_leaf; k < last_leaf; ++k) {
+    T* second = moments_of(moments_begin(p), s, task.sample_range, k);
+    const T* from = moments + (k - first_leaf) / L * kSums * L + (k - first_leaf) % L;
+    for (int i = 0; i < D; ++i)
+      for (int j = 0; j <= i; ++j) second[i * kRows + j] = from[(i * (i + 1) / 2 + j) * L];
+    for (int i = 0; i < D; ++i) second[kRows * kRows + i] = from[(kPairs + i) * L];
+    second[kRows * kRows + kRows] = from[(kPairs + D) * L];
+  }
 }
 
 template <class T>
@@ -557,6 +696,10 @@ void backward(const GaussianBackwardParams<T>& p, int64_t begin, int64_t end) {
     if (of_leaves)
       std::fill(moments_of(moments_begin(p), s, task.sample_range, first),
                 moments_of(moments_begin(p), s, task.sample_range, last), T(0));
+    if (D <= kFewDims) {
+      each_block(D, [&](auto dims, int) { few_dims_task<T, dims.value>(p, task, of_leaves); });
+      continue;
+    }
     for (int64_t chunk = task.first_chunk; chunk < task.last_chunk; ++chunk) {
       const int64_t first_sample = chunk * kChunk;
       const int samples = int(std::min<int64_t>(kChunk, s.samples - first_sample));
@@ -570,12 +713,6 @@ void backward(const GaussianBackwardParams<T>& p, int64_t begin, int64_t end) {
         const T* forward = p.leaves.whiten + k * gaussian_whiten_size(D, true);
         const T* back = forward + gaussian_block_size(D);
         T* second = of_leaves ? moments_of(moments_begin(p), s, task.sample_range, k) : nullptr;
-        if (D <= kRows) {
-          each_block(D, [&](auto dims, int) __attribute__((always_inline)) {
-            few_dims_backward<T, dims.value>(panels, p.leaves.mean + k * D, forward, grad, padded, grad_x, second);
-          });
-          continue;
-        }
         std::fill(+sums_u, sums_u + int64_t(rows) * L, T(0));
         // 1. z and u = g z of the chunk, and grad_x while u is in L1
         for (int n = 0; n < padded; n += kStrip<T>) {

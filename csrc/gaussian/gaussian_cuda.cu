@@ -1,5 +1,7 @@
 // CUDA kernels of the gaussian room for float, and what both types share. The number is the most D of a kernel.
-#include "gaussian/gaussian_kernels.cuh"
+#include "gaussian/gaussian_backward.cuh"
+#include "gaussian/gaussian_density.cuh"
+#include "gaussian/gaussian_statistics.cuh"
 
 namespace ff {
 namespace {

@@ -1,5 +1,7 @@
 // CUDA kernels of the gaussian room for double.
-#include "gaussian/gaussian_kernels.cuh"
+#include "gaussian/gaussian_backward.cuh"
+#include "gaussian/gaussian_density.cuh"
+#include "gaussian/gaussian_statistics.cuh"
 
 namespace ff {
 namespace {

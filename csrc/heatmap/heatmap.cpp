@@ -9,6 +9,7 @@
 
 #include "common/isa.h"
 #include "common/stable_torch.h"
+#include "heatmap/heatmap_math.h"
 
 namespace ff {
 namespace {
@@ -265,18 +266,26 @@ std::tuple<Tensor, Tensor> soft_argmax_backward(const Tensor& grad_points_in, co
   return {grad_heatmap, grad_beta};
 }
 
-std::tuple<Tensor, Tensor> peak(const Tensor& heatmap_in, int64_t refine) {
+std::tuple<Tensor, Tensor> peak(const Tensor& heatmap_in, int64_t refine, int64_t kernel) {
   const char* op = "peak";
   FF_CHECK(heatmap_in.dim() == 4, op, ": heatmap must be [B, P, H, W], got ", shape(heatmap_in));
-  FF_CHECK(refine >= 0 && refine <= 2, op, ": refine must be 0, 1 or 2, got ", refine);
+  FF_CHECK(refine >= 0 && refine <= 4, op, ": refine must be 0 to 4, got ", refine);
+  FF_CHECK(kernel >= 1 && kernel <= kMostKernel && kernel % 2 == 1, op, ": kernel must be odd, from 1 to ", kMostKernel,
+           ", got ", kernel);
   const Tensor heatmap = walkable(heatmap_in);
   const HeatmapSize size = size_of(op, heatmap);
   Tensor points = new_empty(heatmap, {size.images, size.landmarks, 2}, compute_type(heatmap));
   Tensor score = new_empty(heatmap, {size.images, size.landmarks}, compute_type(heatmap));
   with_type(op, heatmap, [&](auto value) {
     using T = decltype(value);
-    const PeakParams<T> p{size, maps_of<const T>(heatmap), int(refine), mutable_data<Compute<T>>(points),
-                          mutable_data<Compute<T>>(score)};
+    PeakParams<T> p{size,
+                    maps_of<const T>(heatmap),
+                    int(refine),
+                    int(kernel),
+                    {},
+                    mutable_data<Compute<T>>(points),
+                    mutable_data<Compute<T>>(score)};
+    blur_taps(p.kernel, p.taps);
     dispatch<T>(
         op, heatmap, size, p, [](const auto& q, auto* stream) { return peak_cuda(q, stream); },
         [](const auto& table) { return table.peak; });
@@ -297,7 +306,7 @@ FF_SCHEMAS(m) {
   m.def(
       "heatmap_soft_argmax_backward(Tensor grad_points, Tensor heatmap, Tensor? beta_value, float beta, int window, "
       "bool debias, Tensor points, Tensor normalizer, Tensor peak, bool needs_beta) -> (Tensor, Tensor)");
-  m.def("heatmap_peak(Tensor heatmap, int refine) -> (Tensor, Tensor)");
+  m.def("heatmap_peak(Tensor heatmap, int refine, int kernel) -> (Tensor, Tensor)");
 }
 
 FF_IMPLEMENTATIONS(m) {

@@ -69,9 +69,11 @@ template <class T>
 struct PeakParams {
   HeatmapSize size;
   Maps<const T> maps;
-  int refine;          // Refine in heatmap_math.h
-  Compute<T>* points;  // [R, 2]  x, y
-  Compute<T>* score;   // [R]
+  int refine;           // Refine in heatmap_math.h
+  int kernel;           // pixels of the blur on each axis, odd; dark and dark_udp
+  Compute<T> taps[32];  // its weights at distances 0 ... kernel / 2
+  Compute<T>* points;   // [R, 2]  x, y
+  Compute<T>* score;    // [R]
 };
 
 // CPU kernels of one instruction set. A task is a map, or, for pixel-major maps, one of an image's chunks.

@@ -320,6 +320,93 @@ FF_INLINE void pixel_major_peaks(const T* z, const Maps<const T>& m, const Heatm
   }
 }
 
+// dark, dark_udp. A line of the blur's input: columns [x, x + count) of row y, 0 outside the canvas.
+template <class T>
+FF_INLINE Vector<Compute<T>> line_part(const PeakParams<T>& p, const T* z, int x, int y, int count) {
+  using C = Compute<T>;
+  const T* line = z + y * p.maps.row;
+  if (p.maps.column == 1 && x >= 0 && x + count <= p.size.width) return get_some(line + x, count);
+  C lanes[kWidth<T>] = {};
+  const int end = x + count < p.size.width ? count : p.size.width - x;
+  for (int i = x < 0 ? -x : 0; i < end; ++i) lanes[i] = C(line[(x + i) * p.maps.column]);
+  return load(lanes);
+}
+
+// The highest value of the whole map under the blur: read again only where a clip may act.
+template <class T>
+Compute<T> blurred_top(const PeakParams<T>& p, const T* z) {
+  using C = Compute<T>;
+  constexpr int L = kWidth<T>;
+  const int half = p.kernel / 2, width = p.size.width, height = p.size.height;
+  C* buffer = static_cast<C*>(malloc(sizeof(C) * (size_t(width) + 2 * half + 2 * L)));
+  if (!buffer) __builtin_trap();  // a few kilobytes
+  for (int x = 0; x < width + 2 * half + 2 * L; ++x) buffer[x] = C(0);
+  Vector<C> top = broadcast(-infinity<C>());
+  for (int y = 0; y < height; ++y) {
+    const int begin = y < half ? -y : -half, end = y + half < height ? half : height - 1 - y;
+    for (int x = 0; x < width; x += L) {
+      const int count = width - x < L ? width - x : L;
+      Vector<C> sum{};
+      for (int d = begin; d <= end; ++d) sum += p.taps[d < 0 ? -d : d] * line_part(p, z, x, y + d, count);
+      store(buffer + half + x, count == L ? sum : keep_head<C>(sum, count));
+    }
+    for (int x = 0; x < width; x += L) {
+      Vector<C> sum{};
+      for (int i = 0; i < p.kernel; ++i) sum += p.taps[i < half ? half - i : i - half] * load(buffer + x + i);
+      const int count = width - x < L ? width - x : L;
+      top = max(top, lane_index<C>() < C(count) ? sum : top);
+    }
+  }
+  free(buffer);
+  return max_lane<C>(top);
+}
+
+// kStep: that of the rule. Vertical sums in registers, horizontal ones from a line in L1.
+template <int kStep, class T>
+void refine_dark(const PeakParams<T>& p, const DarkRule<Compute<T>>& rule, const T* z, int column, int line,
+                 Compute<T> value, Compute<T>& x, Compute<T>& y) {
+  using C = Compute<T>;
+  constexpr int L = kWidth<T>, kSide = 2 * kStep + 1, kMostColumns = kMostKernel + kSide - 1;
+  constexpr int kPadded = kSide * kSide + L;
+  const int half = p.kernel / 2, columns = p.kernel + kSide - 1;
+  const int left = column - kStep - half, above = line - kStep - half;
+  const int begin = above < 0 ? -above : 0, end = above + columns < p.size.height ? columns : p.size.height - above;
+  C sums[kSide][kMostColumns + 2 * L];  // a vector of zeros behind the columns: the last load runs into it
+  int first = 0;
+  for (; first < columns; first += L) {
+    const int count = columns - first < L ? columns - first : L;
+    Vector<C> sum[kSide] = {};
+    for (int i = begin; i < end; ++i) {
+      const Vector<C> v = line_part(p, z, left + first, above + i, count);
+      for (int j = 0; j < kSide; ++j) {
+        const int distance = i - j < half ? half - (i - j) : i - j - half;
+        if (distance <= half) sum[j] += p.taps[distance] * v;
+      }
+    }
+    for (int j = 0; j < kSide; ++j) store(sums[j] + first, sum[j]);
+  }
+  for (int j = 0; j < kSide; ++j) store(sums[j] + first, Vector<C>{});
+  C b[kPadded];  // kSide x kSide; each row's vector runs over the next row, which is written after it
+  for (int j = 0; j < kSide; ++j)
+    for (int k = 0; k < kSide; k += L) {
+      Vector<C> sum{};
+      for (int i = 0; i < p.kernel; ++i) sum += p.taps[i < half ? half - i : i - half] * load(sums[j] + k + i);
+      store(b + j * kSide + k, sum);
+    }
+  bool clips = false;
+  for (int i = 0; i < kSide * kSide; ++i) clips |= rule.may_clip(b[i], value);
+  const C scale = clips ? value / blurred_top(p, z) : C(1);
+  if (!(scale > C(0))) return;  // nothing above 0 is left of the map
+  for (int i = kSide * kSide; i < kPadded; ++i) b[i] = C(1);
+  for (int i = 0; i < kSide * kSide; i += L) {
+    Vector<C> v = load(b + i) * scale;
+    v = max(v, broadcast(rule.low));
+    store(b + i, log(min(v, broadcast(rule.high))));
+  }
+  dark_shift(
+      kStep, [&](int dx, int dy) __attribute__((always_inline)) { return b[(dy + kStep) * kSide + dx + kStep]; }, x, y);
+}
+
 template <class T>
 FF_INLINE void finish_peak(const PeakParams<T>& p, int64_t r, const T* z, const Best<Compute<T>>& best) {
   using C = Compute<T>;
@@ -331,6 +418,15 @@ FF_INLINE void finish_peak(const PeakParams<T>& p, int64_t r, const T* z, const 
     value = C(z[ny * p.maps.row + nx * p.maps.column]);
     return true;
   });
+  if (is_dark(Refine(p.refine)) && !best.bad) {
+    const auto rule = dark_rule<C>(Refine(p.refine));
+    if (rule.applies(score, column, line, p.size.width, p.size.height)) {
+      if (rule.step == 2)
+        refine_dark<2>(p, rule, z, column, line, score, x, y);
+      else
+        refine_dark<1>(p, rule, z, column, line, score, x, y);
+    }
+  }
   if (best.bad) x = y = score = C(NAN);
   p.points[2 * r] = x;
   p.points[2 * r + 1] = y;

@@ -121,22 +121,99 @@ __device__ __forceinline__ Best<Compute<T>> find_peak(const T* z, const Maps<con
   return best;
 }
 
-template <class T, int kBlock, bool kPacked>
-__global__ void __launch_bounds__(kBlock) peak_kernel(PeakParams<T> p) {
+// The highest value of the whole map under the blur: only where a clip may act. kernel^2 reads a pixel, from L1.
+template <int kBlock, class T>
+__device__ __forceinline__ Compute<T> blurred_top(const PeakParams<T>& p, const T* z, const Compute<T>* taps,
+                                                  Compute<T> (&shared)[kBlock / 32]) {
+  using C = Compute<T>;
+  const int half = p.kernel / 2, width = p.size.width, height = p.size.height;
+  C top = C(-INFINITY);
+  for (int i = threadIdx.x; i < width * height; i += kBlock) {
+    const int y = i / width, x = i - y * width;
+    const int left = x < half ? -x : -half, right = x + half < width ? half : width - 1 - x;
+    const int above = y < half ? -y : -half, below = y + half < height ? half : height - 1 - y;
+    C sum = C(0);
+#pragma unroll 1
+    for (int dy = above; dy <= below; ++dy) {
+      const T* line = z + (y + dy) * p.maps.row;
+      C part = C(0);
+#pragma unroll 1
+      for (int dx = left; dx <= right; ++dx) part += taps[dx] * C(line[(x + dx) * p.maps.column]);
+      sum += taps[dy] * part;
+    }
+    top = Max{}(top, sum);
+  }
+  return block_reduce<kBlock>(top, Max{}, shared);
+}
+
+// dark, dark_udp: the block sums the columns of the stencil's window, then its rows; every thread takes the step.
+template <int kBlock, int kStep, class T>
+__device__ __forceinline__ void refine_dark(const PeakParams<T>& p, const T* z, int column, int row, Compute<T> value,
+                                            Compute<T>& x, Compute<T>& y) {
+  using C = Compute<T>;
+  constexpr int kSide = 2 * kStep + 1;
+  FF_SHARED(C, sums, kSide * (kMostKernel + kSide - 1));
+  FF_SHARED(C, b, kSide * kSide);
+  FF_SHARED(C, weights, kMostKernel);
+  FF_SHARED(C, shared, kBlock / 32);
+  const DarkRule<C> rule = dark_rule<C>(Refine(p.refine));
+  if (!rule.applies(value, column, row, p.size.width, p.size.height)) return;  // the same for all threads
+  const int half = p.kernel / 2, columns = p.kernel + kSide - 1;
+  for (int i = threadIdx.x; i < p.kernel; i += kBlock) weights[i] = p.taps[i < half ? half - i : i - half];
+  __syncthreads();
+  const C* taps = weights + half;  // by distance
+  for (int i = threadIdx.x; i < kSide * columns; i += kBlock) {
+    const int j = i / columns, cx = column - kStep - half + i % columns, cy = row - kStep + j;
+    const bool inside = cx >= 0 && cx < p.size.width;
+    const int above = cy < half ? -cy : -half;
+    const int below = !inside ? above - 1 : cy + half < p.size.height ? half : p.size.height - 1 - cy;
+    C sum = C(0);
+    for (int d = above; d <= below; ++d) sum += taps[d] * C(z[(cy + d) * p.maps.row + cx * p.maps.column]);
+    sums[i] = sum;
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; i < kSide * kSide; i += kBlock) {
+    const C* line = sums + i / kSide * columns + i % kSide;
+    C sum = C(0);
+    for (int d = 0; d < p.kernel; ++d) sum += weights[d] * line[d];
+    b[i] = sum;
+  }
+  __syncthreads();
+  bool clips = false;
+  for (int i = 0; i < kSide * kSide; ++i) clips |= rule.may_clip(b[i], value);
+  C top = value;
+  if (clips) top = blurred_top<kBlock>(p, z, taps, shared);
+  const C scale = top > C(0) ? value / top : C(0);
+  // Into the sums, which nobody reads any more: other warps may still compare b with the clips. A scale that is not
+  // above 0, when nothing above 0 is left of the map, clips all to the same: no step.
+  for (int i = threadIdx.x; i < kSide * kSide; i += kBlock) sums[i] = log(rule.clip(b[i] * scale));
+  __syncthreads();
+  dark_shift(kStep, [&](int dx, int dy) { return sums[(dy + kStep) * kSide + dx + kStep]; }, x, y);
+}
+
+// Bytes: one read of the map; the stencils lie in it, and come from L1 or L2. Four blocks a multiprocessor, 64
+// registers: left to itself, ptxas spills one of 48 for the sake of a fifth.
+template <class T, int kBlock, bool kPacked, int kStep>
+__global__ void __launch_bounds__(kBlock, kBlock == kThreads ? 4 : 1) peak_kernel(PeakParams<T> p) {
   using C = Compute<T>;
   FF_SHARED(Best<C>, shared, kBlock / 32);
   const int64_t r = blockIdx.x;
   const T* z = map_of(p.maps, p.size, r);
   const Best<C> best = find_peak<kBlock, kPacked>(z, p.maps, p.size, shared);
-  if (threadIdx.x != 0) return;
   const int row = best.index / p.size.width, column = best.index - row * p.size.width;
   C x = C(column), y = C(row), score = best.value;
-  refine_peak(Refine(p.refine), x, y, [&](int dx, int dy, C& value) {
-    const int nx = column + dx, ny = row + dy;
-    if (nx < 0 || nx >= p.size.width || ny < 0 || ny >= p.size.height) return false;
-    value = C(z[ny * p.maps.row + nx * p.maps.column]);
-    return true;
-  });
+  if constexpr (kStep > 0) {
+    if (!best.bad) refine_dark<kBlock, kStep>(p, z, column, row, score, x, y);  // the same for all threads
+  }
+  if (threadIdx.x != 0) return;
+  if constexpr (kStep == 0) {
+    refine_peak(Refine(p.refine), x, y, [&](int dx, int dy, C& value) {
+      const int nx = column + dx, ny = row + dy;
+      if (nx < 0 || nx >= p.size.width || ny < 0 || ny >= p.size.height) return false;
+      value = C(z[ny * p.maps.row + nx * p.maps.column]);
+      return true;
+    });
+  }
   if (best.bad) x = y = score = C(NAN);
   p.points[2 * r] = x;
   p.points[2 * r + 1] = y;
@@ -509,17 +586,24 @@ int launch_render(const HeatmapSize& s, size_t shared_bytes, Kernel kernel, cons
 
 bool small(const HeatmapSize& s) { return s.height * s.width <= kSmallPixels; }
 
+template <int kStep, class T>
+int launch_peak(const PeakParams<T>& p, CUstream_st* stream) {
+  const bool packed = packs(p.maps, p.size);
+  if (small(p.size)) {
+    auto kernel = packed ? peak_kernel<T, kSmallThreads, true, kStep> : peak_kernel<T, kSmallThreads, false, kStep>;
+    return launch_maps(p.size, kSmallThreads, kernel, p, stream);
+  }
+  auto kernel = packed ? peak_kernel<T, kThreads, true, kStep> : peak_kernel<T, kThreads, false, kStep>;
+  return launch_maps(p.size, kThreads, kernel, p, stream);
+}
+
 }  // namespace
 
 template <class T>
 int peak_cuda(const PeakParams<T>& p, CUstream_st* stream) {
-  const bool packed = packs(p.maps, p.size);
-  if (small(p.size)) {
-    auto kernel = packed ? peak_kernel<T, kSmallThreads, true> : peak_kernel<T, kSmallThreads, false>;
-    return launch_maps(p.size, kSmallThreads, kernel, p, stream);
-  }
-  auto kernel = packed ? peak_kernel<T, kThreads, true> : peak_kernel<T, kThreads, false>;
-  return launch_maps(p.size, kThreads, kernel, p, stream);
+  if (p.refine == int(Refine::dark)) return launch_peak<2>(p, stream);
+  if (p.refine == int(Refine::dark_udp)) return launch_peak<1>(p, stream);
+  return launch_peak<0>(p, stream);
 }
 
 template <class T>
@@ -590,8 +674,12 @@ template int render_backward_cuda(const RenderBackwardParams<BFloat16>&, CUstrea
 namespace {
 // The kernels of the aligned, full-sized case, and the widest type of each.
 const KernelListed listed[] = {
-    {"heatmap_peak<float>", peak_kernel<float, kThreads, true>},
-    {"heatmap_peak<double>", peak_kernel<double, kThreads, true>},
+    {"heatmap_peak<float>", peak_kernel<float, kThreads, true, 0>},
+    {"heatmap_peak<double>", peak_kernel<double, kThreads, true, 0>},
+    {"heatmap_peak_dark_udp<float>", peak_kernel<float, kThreads, true, 1>},
+    {"heatmap_peak_dark_udp<double>", peak_kernel<double, kThreads, true, 1>},
+    {"heatmap_peak_dark_udp<half>", peak_kernel<Half, kThreads, true, 1>},
+    {"heatmap_peak_dark_udp<bfloat16>", peak_kernel<BFloat16, kThreads, true, 1>},
     {"heatmap_soft_argmax<float>", soft_argmax_kernel<float, kThreads, true>},
     {"heatmap_soft_argmax<double>", soft_argmax_kernel<double, kThreads, true>},
     {"heatmap_soft_argmax<half>", soft_argmax_kernel<Half, kThreads, true>},

@@ -2,6 +2,7 @@
 #pragma once
 #include <cmath>
 #include <cstdint>
+#include <limits>
 
 #include "common/hd.h"
 
@@ -90,7 +91,7 @@ FF_HD T quarter_sign(T before, T after) {
   return T(0.25) * (T(after > before) - T(after < before));
 }
 
-enum class Refine : int { none = 0, quarter_sign = 1, quarter_second = 2 };
+enum class Refine : int { none = 0, quarter_sign = 1, quarter_second = 2, dark = 3, dark_udp = 4 };
 
 template <class T, class At>
 FF_HD void refine_peak(Refine refine, T& x, T& y, const At& at) {
@@ -108,6 +109,77 @@ FF_HD void refine_peak(Refine refine, T& x, T& y, const At& at) {
     x += T(sx) * length;
     y += T(sy) * length;
   }
+}
+
+// dark, dark_udp: with b the map under a Gaussian blur (0 outside the canvas) and l = log clip(s b, low, high) around
+// the peak, the maximum of the parabola through l:  peak - Hess^-1 grad.  s = max z / max b gives the blurred map the
+// height of the map; it is a constant of l, and drops out of the differences, unless a clip acts.
+constexpr int kMostKernel = 63;  // pixels of the blur on each axis
+
+// Weights of the blur at distances 0, 1, ... kernel / 2, kernel odd. OpenCV's rule: binomial up to 5, its tables for 7
+// and 9, beyond that a Gaussian of sigma 0.3 ((kernel - 1) / 2 - 1) + 0.8, sum 1.
+template <class T>
+void blur_taps(int kernel, T* taps) {
+  constexpr int kHalves[5][5] = {{256}, {128, 64}, {96, 64, 16}, {72, 56, 28, 8}, {60, 51, 30, 13, 4}};
+  const int half = kernel / 2;
+  if (half < 5) {
+    for (int i = 0; i <= half; ++i) taps[i] = T(kHalves[half][i] / 256.0);
+    return;
+  }
+  const double sigma = 0.3 * (half - 1) + 0.8;
+  const auto gauss = [&](int i) { return exp(-0.5 * i * i / (sigma * sigma)); };
+  double total = 1;
+  for (int i = 1; i <= half; ++i) total += 2 * gauss(i);
+  for (int i = 0; i <= half; ++i) taps[i] = T(gauss(i) / total);
+}
+
+FF_HD bool is_dark(Refine refine) { return refine == Refine::dark || refine == Refine::dark_udp; }
+
+// The stencil reads b at distances of up to `step` pixels.
+template <class T>
+struct DarkRule {
+  int step;
+  T low, high;
+
+  // Whether all of the stencil is on the canvas, around a peak of value z; a peak of 0 or less is clipped flat.
+  FF_HD bool applies(T z, int x, int y, int width, int height) const {
+    return z > T(0) && x >= step && x < width - step && y >= step && y < height - step;
+  }
+  // Whether a clip might act, and s must be known: s b lies between b and z.
+  FF_HD bool may_clip(T b, T z) const { return !(b >= low && z <= high); }
+  FF_HD T clip(T value) const { return value > low ? (value < high ? value : high) : low; }
+};
+
+template <class T>
+FF_HD DarkRule<T> dark_rule(Refine refine) {
+  if (refine == Refine::dark) return {2, T(1e-10), T(INFINITY)};
+  return {1, T(1e-3), T(50)};
+}
+
+// Adds -Hess^-1 grad to (x, y): l(dx, dy) reads the logarithms. Nothing is added where the Hessian is singular to
+// rounding or the step goes beyond 1.5 pixels on an axis.
+template <class T, class L>
+FF_HD void dark_shift(int step, const L& l, T& x, T& y) {
+  const T c = l(0, 0), left = l(-1, 0), right = l(1, 0), up = l(0, -1), down = l(0, 1);
+  const T gx = T(0.5) * (right - left), gy = T(0.5) * (down - up);
+  T xx, yy, xy;
+  if (step == 2) {
+    xx = T(0.25) * ((l(2, 0) - c) - (c - l(-2, 0)));
+    yy = T(0.25) * ((l(0, 2) - c) - (c - l(0, -2)));
+    xy = T(0.25) * ((l(1, 1) - l(1, -1)) - (l(-1, 1) - l(-1, -1)));
+  } else {  // the diagonal of dark_udp goes one way only
+    xx = (right - c) - (c - left);
+    yy = (down - c) - (c - up);
+    xy = T(0.5) * (((l(1, 1) - right) - (down - c)) + ((c - left) - (up - l(-1, -1))));
+  }
+  const T straight = xx * yy, cross = xy * xy, det = straight - cross;
+  const T size = (straight < T(0) ? -straight : straight) + cross;
+  const bool regular = (det < T(0) ? -det : det) > T(4) * std::numeric_limits<T>::epsilon() * size;
+  const T inverse = T(1) / (regular ? det : T(1)), most = T(1.5);
+  const T sx = (xy * gy - yy * gx) * inverse, sy = (xy * gx - xx * gy) * inverse;
+  const bool near = sx >= -most && sx <= most && sy >= -most && sy <= most;
+  x += regular && near ? sx : T(0);
+  y += regular && near ? sy : T(0);
 }
 
 }  // namespace ff

@@ -87,9 +87,16 @@ FF_INLINE void fill_axis(Axis<C>& axis, C centre, C sigma, int size, bool normal
   while (axis.seen.end > axis.seen.begin && axis.g[axis.seen.end - 1] == C(0)) --axis.seen.end;
 }
 
+// nearest_distance of every cell.
 template <class C>
 FF_INLINE void fill_near(Axis<C>& axis, C centre, int radius, int size) {
-  for (int i = 0; i < size; ++i) axis.near[i] = nearest_distance(centre, i, radius, size);
+  const Vector<C> nearest = fill(C(__builtin_rint(double(centre))));
+  for (int i = 0; i < size; i += kLanes<C>) {
+    const Vector<C> h = lane_index<C>() + C(i);
+    const Vector<C> low = max(h - C(radius), Vector<C>{}), high = min(h + C(radius), fill(C(size - 1)));
+    const Vector<C> d = max(low, min(nearest, high)) - centre;
+    store(axis.near + i, d * d);
+  }
 }
 
 // sum g log g of a normalised axis.
@@ -127,17 +134,16 @@ FF_INLINE void write_all(T* grad, int64_t stride, const HeatmapLossSize& s, Comp
 
 // Functions of vectors.
 
-FF_INLINE FloatVector log2_normal(FloatVector x) {  // x > 0 (-127 at 0); fitted, 2e-7 relative to log2(mantissa)
+FF_INLINE FloatVector log2_normal(FloatVector x) {                     // x > 0 (-127 at 0); fitted to 3e-7
   const IntVector bits = (IntVector)x, e = (bits - 0x3f3504f3) >> 23;  // mantissas in [1/sqrt 2, sqrt 2)
   const FloatVector f = (FloatVector)(bits - (e << 23)) - 1.f;
-  FloatVector p = broadcast(-0.1458113821f);
-  p = p * f + 0.2340422393f;
-  p = p * f - 0.2488769077f;
-  p = p * f + 0.2870987176f;
-  p = p * f - 0.3602396379f;
-  p = p * f + 0.4809232417f;
-  p = p * f - 0.7213527881f;
-  p = p * f + 1.442694962f;
+  FloatVector p = broadcast(0.17063435f);
+  p = p * f - 0.27269789f;
+  p = p * f + 0.29726262f;
+  p = p * f - 0.35896185f;
+  p = p * f + 0.48046503f;
+  p = p * f - 0.72137587f;
+  p = p * f + 1.44269973f;
   return p * f + __builtin_convertvector(e, FloatVector);
 }
 FF_INLINE DoubleVector log2_normal(DoubleVector x) {
@@ -145,17 +151,16 @@ FF_INLINE DoubleVector log2_normal(DoubleVector x) {
   return x;
 }
 
-// log(1 + q) for q >= 0, to the relative precision of q; kSmall: q <= 1/2.
+// log(1 + q) for q >= 0, to the relative precision of q; kSmall: q <= 1/2, fitted to 4e-7 of the value.
 template <bool kSmall>
 FF_INLINE FloatVector log1p_up(FloatVector q) {
   if constexpr (kSmall) {
-    FloatVector p = broadcast(0.03867355453f);
-    p = p * q - 0.1136969514f;
-    p = p * q + 0.1845047023f;
-    p = p * q - 0.2475198248f;
-    p = p * q + 0.3331380914f;
-    p = p * q - 0.4999941283f;
-    p = p * q + 0.9999999708f;
+    FloatVector p = broadcast(-0.05560987175f);
+    p = p * q + 0.1517776501f;
+    p = p * q - 0.2390177057f;
+    p = p * q + 0.332139112f;
+    p = p * q - 0.499951162f;
+    p = p * q + 0.9999996709f;
     return p * q;
   } else {
     const FloatVector u = q + 1.f;
@@ -211,6 +216,13 @@ struct Foreground {
   C inside, outside, cut;  // foreground: near_x + near_y < cut (kClosed: <=)
 };
 
+// The map after this one is fetched while this one is worked on: the losses are bound by arithmetic.
+template <class T>
+FF_INLINE void fetch_next(const T* at, const HeatmapLossSize& s) {
+  const uintptr_t next = reinterpret_cast<uintptr_t>(at) + sizeof(T) * (size_t(s.height) * s.width);
+  __builtin_prefetch(reinterpret_cast<const void*>(next), 0, 2);
+}
+
 template <bool kClosed, class T, class Loss>
 FF_INLINE Compute<T> pixel_map(const Loss& loss, const T* z, int64_t stride, const HeatmapLossSize& s,
                                const Tables<Compute<T>>& t, const Foreground<Compute<T>>& f) {
@@ -223,6 +235,7 @@ FF_INLINE Compute<T> pixel_map(const Loss& loss, const T* z, int64_t stride, con
     Vector<C> in{}, out{};
     if (limit >= C(0)) {
       each<C>(0, s.width, [&](int64_t x, int count) FF_LAMBDA {
+        fetch_next(line + x, s);
         Vector<C> v = loss.value(get_some(line + x, count), load(t.x.g + x) * g);
         if (count != L) v = keep_head<C>(v, count);
         const Vector<C> near = load(t.x.near + x);
@@ -232,6 +245,7 @@ FF_INLINE Compute<T> pixel_map(const Loss& loss, const T* z, int64_t stride, con
       });
     } else {
       each<C>(0, s.width, [&](int64_t x, int count) FF_LAMBDA {
+        fetch_next(line + x, s);
         Vector<C> v = loss.value(get_some(line + x, count), load(t.x.g + x) * g);
         if (count != L) v = keep_head<C>(v, count);
         out += v;
@@ -255,12 +269,14 @@ FF_INLINE void pixel_map_backward(const Loss& loss, const T* z, int64_t stride, 
     const C g = t.y.g[y], limit = f.cut - t.y.near[y];
     if (limit >= C(0)) {
       each<C>(0, s.width, [&](int64_t x, int count) FF_LAMBDA {
+        fetch_next(line + x, s);
         const Vector<C> v = loss.gradient(get_some(line + x, count), load(t.x.g + x) * g), near = load(t.x.near + x);
         const auto within = kClosed ? near <= limit : near < limit;
         put_some(grad_line + x, v * (within ? fill(inside) : fill(outside)), count);
       });
     } else {
       each<C>(0, s.width, [&](int64_t x, int count) FF_LAMBDA {
+        fetch_next(line + x, s);
         put_some(grad_line + x, loss.gradient(get_some(line + x, count), load(t.x.g + x) * g) * outside, count);
       });
     }
@@ -513,7 +529,10 @@ FF_INLINE Sums<Compute<T>> softmax_sums(const T* z, int64_t stride, const Heatma
                                         const Tables<Compute<T>>& t, Compute<T> top) {
   using C = Compute<T>;
   constexpr int L = kLanes<C>;
-  const auto below = [&](const T* at, int count) FF_LAMBDA { return get_some(at, count) - top; };
+  const auto below = [&](const T* at, int count) FF_LAMBDA {
+    fetch_next(at, s);
+    return get_some(at, count) - top;
+  };
   const auto exponential = [&](Vector<C> x, int count) FF_LAMBDA {
     const Vector<C> e = exp2_down(x * C(kLog2E));
     return count == L ? e : keep_head<C>(e, count);
@@ -555,6 +574,7 @@ FF_INLINE Compute<T> marginals(const T* z, int64_t stride, const HeatmapLossSize
     const T* line = z + y * stride;
     Vector<C> sum_e{};
     each<C>(0, s.width, [&](int64_t x, int count) FF_LAMBDA {
+      fetch_next(line + x, s);
       Vector<C> e = exp2_down((get_some(line + x, count) - top) * C(kLog2E));
       if (count != L) e = keep_head<C>(e, count);
       sum_e += e;
@@ -658,6 +678,7 @@ FF_INLINE void softmax_loss_backward(const SoftmaxLossBackwardParams<T>& b, int6
         const C* statistics = p.statistics + r * statistics_of(kLoss);
         const C top = statistics[0], log2_total = statistics[1] * C(kLog2E);
         const auto probability = [&](const T* at, int count) FF_LAMBDA {
+          fetch_next(at, s);
           return exp2_down((get_some(at, count) - top) * C(kLog2E) - log2_total);
         };
         if constexpr (kLoss == SoftmaxLoss::variance) {

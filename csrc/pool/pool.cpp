@@ -1,14 +1,13 @@
 // Bindings of the pool room: checks, allocation, dispatch.
 #include "pool/pool.h"
 
+#include "common/dispatch.h"
 #include "common/isa.h"
-#include "common/stable_torch.h"
 #include "pool/pool_math.h"
 
 namespace ff {
 namespace {
 
-using OptionalTensor = std::optional<Tensor>;
 using torch::stable::contiguous;
 using torch::stable::new_empty;
 
@@ -19,20 +18,6 @@ const PoolCpu<T>& cpu() {
 #else
   return baseline::pool_cpu<T>();
 #endif
-}
-
-// Calls f<float> or f<double>.
-template <class F>
-auto dispatch(const char* op, const Tensor& t, F f) {
-  FF_CHECK(t.scalar_type() == ScalarType::Float || t.scalar_type() == ScalarType::Double, op,
-           ": tensors must be float32 or float64");
-  return t.scalar_type() == ScalarType::Float ? f(float{}) : f(double{});
-}
-
-void check_like(const char* op, const char* name, const Tensor& t, const Tensor& like) {
-  FF_CHECK(t.scalar_type() == like.scalar_type(), op, ": ", name, " must have the dtype of the first argument");
-  FF_CHECK(t.get_device() == like.get_device() && t.is_cuda() == like.is_cuda(), op, ": ", name,
-           " must be on the device of the first argument");
 }
 
 // The windowed rows, made contiguous, and the order of their positions; owns what PoolRows points to.
@@ -129,7 +114,7 @@ std::tuple<Tensor, Tensor> pool_kl_loss(const Tensor& prob_, const Tensor& pool_
   check_prob(op, prob_, canvas.leaves);
   check_like(op, "pool", pool_, prob_);
   const Tensor prob = contiguous(prob_), pool = contiguous(pool_);
-  return dispatch(op, prob, [&](auto zero) -> std::tuple<Tensor, Tensor> {
+  return with_type(op, prob, [&](auto zero) -> std::tuple<Tensor, Tensor> {
     using T = decltype(zero);
     const int64_t images = prob.size(0), landmarks = prob.size(1);
     const Rows<T> rows(op, prob, points, weight, images, landmarks, canvas.height, canvas.width, canvas.leaves, sigma,
@@ -202,7 +187,7 @@ void scatter(const char* op, Scatter kind, const Tensor& prob_, const OptionalTe
     check_like(op, "pool", *pool_, prob);
     pool = contiguous(*pool_);
   }
-  dispatch(op, prob, [&](auto zero) {
+  with_type(op, prob, [&](auto zero) {
     using T = decltype(zero);
     const Rows<T> rows(op, prob, points, weight, prob.size(0), prob.size(1), height, width, out.size(2), sigma, radius);
     run_scatter(op,
@@ -257,7 +242,7 @@ std::tuple<Tensor, Tensor> pool_l2_target(const Tensor& pool_, const Tensor& poi
   const Canvas c = check_pool(op, pool_);
   FF_CHECK(points.dim() == 3, op, ": points must be [B, P, 2], got ", shape(points));
   const Tensor pool = contiguous(pool_);
-  return dispatch(op, pool, [&](auto zero) -> std::tuple<Tensor, Tensor> {
+  return with_type(op, pool, [&](auto zero) -> std::tuple<Tensor, Tensor> {
     using T = decltype(zero);
     const int64_t images = points.size(0), landmarks = points.size(1);
     const Rows<T> rows(op, pool, points, weight, images, landmarks, c.height, c.width, c.leaves, sigma, radius);
@@ -285,7 +270,7 @@ std::tuple<Tensor, Tensor> pool_peak(const Tensor& prob_, const Tensor& pool_, i
   check_like(op, "pool", pool_, prob_);
   FF_CHECK(c.height > 0 && c.width > 0 && c.leaves > 0, op, ": the canvas and the leaves must not be empty");
   const Tensor prob = contiguous(prob_), pool = contiguous(pool_);
-  return dispatch(op, prob, [&](auto zero) -> std::tuple<Tensor, Tensor> {
+  return with_type(op, prob, [&](auto zero) -> std::tuple<Tensor, Tensor> {
     using T = decltype(zero);
     const int64_t images = prob.size(0), landmarks = prob.size(1);
     Tensor points = new_empty(prob, {images, landmarks, 2}), score = new_empty(prob, {images, landmarks});

@@ -1,7 +1,14 @@
 """Layers: `torch.nn.Module`s over the operators of `fastforest.ops`."""
 
-from fastforest.nn.categorical import HeatmapForest, LabelDistribution, LabelDistributionForest, group_landmarks
+from fastforest.nn.categorical import (
+    HeatmapDistribution,
+    HeatmapForest,
+    LabelDistribution,
+    LabelDistributionForest,
+    group_landmarks,
+)
 from fastforest.nn.gaussian import GaussianForest, GaussianMixture
+from fastforest.nn.heatmap import PeakDecoder, SoftArgmax2d
 from fastforest.nn.heatmap_loss import AdaptiveWingLoss, HeatmapJSLoss, HeatmapKLLoss, HeatmapMSELoss, WingLoss
 from fastforest.nn.pool import LeafPool
 from fastforest.nn.routing import SoftForest
@@ -10,6 +17,7 @@ __all__ = [
     "AdaptiveWingLoss",
     "GaussianForest",
     "GaussianMixture",
+    "HeatmapDistribution",
     "HeatmapForest",
     "HeatmapJSLoss",
     "HeatmapKLLoss",
@@ -17,6 +25,8 @@ __all__ = [
     "LabelDistribution",
     "LabelDistributionForest",
     "LeafPool",
+    "PeakDecoder",
+    "SoftArgmax2d",
     "SoftForest",
     "WingLoss",
     "group_landmarks",

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fastforest.nn._checks import check_integer
-from fastforest.nn.routing import SoftForest
+from fastforest.nn._checks import check_integer, looked_at
+from fastforest.nn._precision import PreciseBuffers
+from fastforest.nn.routing import DEEPEST, SoftForest
 from fastforest.ops._checks import check_choice
 
 TREE_UPDATES = ("average", "sequential")
@@ -46,7 +47,21 @@ class Replay:
         return [column[: len(self)].to(device) for column in self._columns]
 
 
-class LeafForest(nn.Module):
+class ForestOptions(TypedDict, total=False):
+    """What every layer with leaves takes by keyword; `LeafForest` has the defaults."""
+
+    trees: int
+    depth: int
+    units: int
+    steepness: float
+    objective: str
+    tree_update: str
+    update_every: int
+    iterations: int
+    replay: int | None
+
+
+class LeafForest(PreciseBuffers):
     """Base of the layers whose leaves are learned in closed form, by `accumulate` and `update`.
 
     A subclass gives `_checked` (labels and weights), `_rows` (losses), `_statistics_of` (sums that add up over batches)
@@ -59,18 +74,21 @@ class LeafForest(nn.Module):
         self,
         in_features: int,
         *,
-        trees: int,
-        depth: int,
-        units: int,
-        steepness: float,
-        objective: str,
-        tree_update: str,
-        update_every: int,
-        iterations: int,
-        replay: int | None,
-        seed: int,
+        trees: int = 5,
+        depth: int = 6,
+        units: int = 128,
+        steepness: float = 1.0,
+        objective: str = "per_tree",
+        tree_update: str = "average",
+        update_every: int = 50,
+        iterations: int = 20,
+        replay: int | None = None,
+        seed: int = 0,
     ) -> None:
         super().__init__()
+        check_integer(self.NAME, "trees", trees, 1)
+        check_integer(self.NAME, "depth", depth, 1, DEEPEST)
+        check_integer(self.NAME, "seed", seed, 0)
         check_choice(self.NAME, "tree_update", tree_update, TREE_UPDATES)
         check_integer(self.NAME, "update_every", update_every, 1)
         check_integer(self.NAME, "iterations", iterations, 1)
@@ -170,8 +188,15 @@ class LeafForest(nn.Module):
         return self.dead_leaves
 
     @torch.no_grad()
-    def posterior(self, labels: Tensor, weight: Tensor | None = None) -> Tensor:
-        """[N, T, L]: to which leaf of each tree the labels alone assign every sample, all leaves being as likely."""
+    def posterior(self, labels: Tensor, weight: Tensor | None = None, scale: Any = None) -> Tensor:
+        """[N, T, L]: to which leaf of each tree the labels alone assign every sample, all leaves being as likely.
+
+        scale: what `posterior_scale` gave for more labels than these; None: of these.
+        """
+        raise NotImplementedError
+
+    def posterior_scale(self, labels: Tensor, weight: Tensor | None = None) -> Any:
+        """What the posterior of a sample takes from the others, for `posterior` of one batch of many."""
         raise NotImplementedError
 
     @torch.no_grad()
@@ -216,8 +241,7 @@ class LeafForest(nn.Module):
             self.update()
 
     def _check_weight(self, weight: Tensor) -> None:
-        looked_at = weight.device.type == "cpu" and not torch.compiler.is_compiling()
-        if looked_at and not bool((weight >= 0).all()):
+        if looked_at(weight) and not bool((weight >= 0).all()):
             raise ValueError(f"{self.NAME}: weight must be at least 0, got {float(weight.min()):g}")
 
     def _add(self, log_prob: Tensor, labels: Tensor, weight: Tensor) -> None:

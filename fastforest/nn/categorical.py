@@ -8,45 +8,61 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from fastforest.nn._checks import check_integer, check_positive, paired
+from fastforest.nn._checks import check_integer, check_positive, looked_at, paired
 from fastforest.nn._clusters import clusters, thinned, tree_order
-from fastforest.nn._forest import LeafForest
+from fastforest.nn._forest import ForestOptions, LeafForest
 from fastforest.nn._ranks import rows_of_ranks, sum_over_ranks
 from fastforest.nn.pool import spread_points
 from fastforest.ops import categorical as ops_categorical
 from fastforest.ops import heatmap as ops_heatmap
 
-__all__ = ["HeatmapForest", "LabelDistribution", "LabelDistributionForest", "group_landmarks"]
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+__all__ = ["HeatmapDistribution", "HeatmapForest", "LabelDistribution", "LabelDistributionForest", "group_landmarks"]
 
 DAMPING = 1e-2  # of the least-squares update, relative to the mean diagonal of its gram
+ROUNDED = 1e-3  # by how much the sum of a label's distribution may differ from 1
 CHUNK = 2**22  # cells of targets and mixtures that the statistics hold at a time
+
+
+class MapOptions(ForestOptions, total=False):
+    """What both layers of this file take by keyword; `_MapForest` and `LeafForest` have the defaults."""
+
+    loss: str
+    leaf_update: str | None
+    allow_mismatch: bool
+    mask_threshold: float | None
+    eps: float
+    floor: float
 
 
 class _MapForest(LeafForest):
     """Trees over `leaves` [T, L, ...], read as M maps of C cells, each map of each leaf a distribution."""
 
+    PRECISE = ("leaves",)
     leaves: Tensor
 
     def __init__(
         self,
         in_features: int,
-        leaves: Tensor,
         maps: int,
         *,
-        loss: str,
-        leaf_update: str | None,
-        allow_mismatch: bool,
-        mask_threshold: float | None,
-        eps: float,
-        floor: float,
-        **forest: Any,
+        loss: str = "kl",
+        leaf_update: str | None = None,
+        allow_mismatch: bool = False,
+        mask_threshold: float | None = None,
+        eps: float = 1e-12,
+        floor: float = 1e-6,
+        seed: int = 0,
+        **forest: Unpack[ForestOptions],
     ) -> None:
-        super().__init__(in_features, **forest)
+        super().__init__(in_features, seed=seed, **forest)
         check_positive(self.NAME, "eps", eps)
         if not 0 <= floor < 1:
             raise ValueError(f"{self.NAME}: floor must be in [0, 1), got {floor!r}")
@@ -57,20 +73,31 @@ class _MapForest(LeafForest):
         self.leaf_update = paired(self.NAME, "loss", loss, leaf_update, allow_mismatch)
         self.loss_kind, self.mask_threshold, self.eps, self.floor = loss, mask_threshold, eps, floor
         self.maps = maps
-        self.register_buffer("leaves", leaves)
 
     @torch.no_grad()
-    def posterior(self, labels: Tensor, weight: Tensor | None = None) -> Tensor:
-        """[N, T, L]: exp(-KL(y || q_l) / scale), normalised: scale is the mean KL to the nearest leaf, over these labels.
+    def posterior(self, labels: Tensor, weight: Tensor | None = None, scale: Any = None) -> Tensor:
+        """[N, T, L]: exp(-KL(y || q_l) / scale), normalised: scale is the mean KL to the nearest leaf, over these labels
+        unless it is given.
 
         A label distribution is one observation, and the likelihoods of one observation hardly differ between leaves:
         without the scale all leaves would share all labels, and fitting would make them equal.
         """
         labels, weight = self._checked_labels(labels, weight)
         apart = self._apart(labels, weight)
-        seen = (weight.sum(1) > 0)[:, None, None]
-        scale = (apart.amin(2, keepdim=True) * seen).sum(0, keepdim=True) / seen.sum().clamp_min(1)
-        return (-apart / scale.clamp_min(1e-6)).softmax(-1) * seen
+        if scale is None:
+            scale = self._scale_of(apart, weight)
+        return (-apart / scale).softmax(-1) * _shown(weight)
+
+    @torch.no_grad()
+    def posterior_scale(self, labels: Tensor, weight: Tensor | None = None) -> Tensor:
+        """[1, T, 1]: the mean KL to the nearest leaf."""
+        labels, weight = self._checked_labels(labels, weight)
+        return self._scale_of(self._apart(labels, weight), weight)
+
+    def _scale_of(self, apart: Tensor, weight: Tensor) -> Tensor:
+        shown = _shown(weight)
+        mean = (apart.amin(2, keepdim=True) * shown).sum(0, keepdim=True) / shown.sum().clamp_min(1)
+        return mean.clamp_min(1e-6)
 
     @torch.no_grad()
     def fit_leaves(self, labels: Tensor, weight: Tensor | None = None, iterations: int = 20, group: Any = None) -> int:
@@ -117,8 +144,8 @@ class _MapForest(LeafForest):
 
     @property
     def _replay_steps(self) -> int:
-        """Least squares are solved at once."""
-        return self.iterations if self.leaf_update == "bounding" else 1
+        """Least squares are solved at once, unless a mask makes each a step."""
+        return self.iterations if self.leaf_update == "bounding" or self.mask_threshold is not None else 1
 
     def _maps(self) -> Tensor:
         return self.leaves.reshape(self.trees, self.routing.leaves, self.maps, -1)
@@ -156,7 +183,12 @@ class _MapForest(LeafForest):
         return total
 
     def _statistics_of(self, log_prob: Tensor, labels: Tensor, weight: Tensor) -> list[Any]:
-        """Bounding: [G, K, M, C]. Least squares: grams [M, G, K, K] and crosses [G, K, M, C]."""
+        """Bounding: [G, K, M, C]. Least squares: grams [M, G, K, K] and crosses [G, K, M, C].
+
+        Least squares under a mask: a cell that does not count has the present prediction for its target. The loss of that
+        bounds the masked loss and touches it at the present leaves, so lowering the one lowers the other; one gram still
+        serves all cells.
+        """
         prob, leaves = self._mixing(log_prob)
         if self.leaf_update == "bounding":
             sums = torch.zeros_like(leaves)
@@ -165,14 +197,20 @@ class _MapForest(LeafForest):
             return [sums]
         grams = leaves.new_zeros(self.maps, *leaves.shape[:2], leaves.shape[1])
         crosses = torch.zeros_like(leaves)
+        threshold = self._threshold()
         for rows, part in zip(prob.split(self._rows_at_a_time()), self._chunks(labels, weight), strict=True):
             target, root = self._target(part[0]), part[1].sqrt()
+            if threshold is not None:
+                out = target <= threshold
+                target = torch.where(out, 0.0, target)
             for m in range(self.maps):
-                gram, cross = ops_categorical.least_squares_statistics(
-                    rows * root[:, m, None, None], target[:, m] * root[:, m, None]
-                )
+                scaled = rows * root[:, m, None, None]
+                gram, cross = ops_categorical.least_squares_statistics(scaled, target[:, m] * root[:, m, None])
                 grams[m] += gram
                 crosses[:, :, m] += cross
+                if threshold is not None:
+                    present = torch.einsum("ngk,gkc->ngc", scaled, leaves[:, :, m]) * out[:, m, None]
+                    crosses[:, :, m] += torch.einsum("ngk,ngc->gkc", scaled, present)
         return [grams, crosses]
 
     def _fit(self, statistics: list[Any], tree: int | None, group: Any) -> int:
@@ -242,22 +280,28 @@ class LabelDistributionForest(_MapForest):
     Args:
         in_features: of the input.
         classes: C.
-        trees, depth, units, steepness, seed: of the routing, see `SoftForest`. The seed also draws the first leaves.
-        loss: "kl" (Kullback-Leibler divergence of the label to the prediction) or "l2" (squared distance).
+        trees (5), depth (6), units (128), steepness (1), seed: of the routing, see `SoftForest`. The seed also draws the
+            first leaves.
+        loss: "kl" (default: Kullback-Leibler divergence of the label to the prediction) or "l2" (squared distance).
         leaf_update: "bounding" (never increases KL) or "least_squares" (never increases L2); None: the loss's own.
         allow_mismatch: lets the two be paired crosswise.
-        mask_threshold: the loss, and bounding, count only where the label exceeds it; None: everywhere.
-        objective: of each "per_tree", mean over trees, or of the "forest"'s mean prediction.
-        tree_update: "average" or "sequential", see `update`.
-        update_every, iterations, replay: as `GaussianForest`; least squares are solved in one iteration.
-        eps: floor of the prediction in the logarithm.
-        floor: share of every leaf that is even over the classes, so that a class that one update did not see can
+        mask_threshold: the loss, and the leaf update, count only where the label exceeds it; None: everywhere. Least
+            squares then take more than one iteration.
+        objective: of each tree, mean over trees ("per_tree", the default), or of the "forest"'s mean prediction.
+        tree_update: "average" (default) or "sequential", see `update`.
+        update_every, iterations, replay: as `GaussianForest`; least squares without a mask are solved in one iteration.
+        eps (1e-12): floor of the prediction in the logarithm.
+        floor (1e-6): share of every leaf that is even over the classes, so that a class that one update did not see can
             return; it may raise the loss by as little.
 
-    Labels: class indices [N] (int), or distributions [N, C] (float, rows sum to 1). weight [N].
+    Labels: class indices [N] (int), or distributions [N, C] (float): finite, at least 0, rows of sum 1 to 1e-3 (bfloat16:
+    to its rounding), but for rows of weight 0. weight [N]. Indices and rows are checked on the CPU. CUDA never waits to
+    look: there an index out of range is a row of zeros, and a row that is no distribution counts as it is, or, if it
+    holds NaN or infinity, has a loss of NaN and no part in the leaves.
 
     Raises:
-        ValueError: an argument out of range, or a pairing that does not belong together.
+        ValueError: an argument out of range, or a pairing that does not belong together; on the CPU, labels that are
+            none, naming the worst row.
 
     >>> head = LabelDistributionForest(16, 5, trees=3, depth=3)
     >>> features, labels = torch.randn(10, 16), torch.randint(5, (10,))
@@ -273,48 +317,15 @@ class LabelDistributionForest(_MapForest):
         in_features: int,
         classes: int,
         *,
-        trees: int = 5,
-        depth: int = 6,
-        units: int = 128,
-        steepness: float = 1.0,
-        loss: str = "kl",
-        leaf_update: str | None = None,
-        allow_mismatch: bool = False,
-        mask_threshold: float | None = None,
-        objective: str = "per_tree",
-        tree_update: str = "average",
-        update_every: int = 50,
-        iterations: int = 20,
-        replay: int | None = None,
-        eps: float = 1e-12,
-        floor: float = 1e-6,
         seed: int = 0,
+        **options: Unpack[MapOptions],
     ) -> None:
         check_integer(self.NAME, "classes", classes, 1)
-        _check_forest(self.NAME, trees, depth, seed)
-        start = torch.randn(trees, 2**depth, classes, generator=torch.Generator().manual_seed(seed))
-        super().__init__(
-            in_features,
-            start.softmax(-1),
-            1,
-            loss=loss,
-            leaf_update=leaf_update,
-            allow_mismatch=allow_mismatch,
-            mask_threshold=mask_threshold,
-            eps=eps,
-            floor=floor,
-            trees=trees,
-            depth=depth,
-            units=units,
-            steepness=steepness,
-            objective=objective,
-            tree_update=tree_update,
-            update_every=update_every,
-            iterations=iterations,
-            replay=replay,
-            seed=seed,
-        )
+        super().__init__(in_features, 1, seed=seed, **options)
         self.classes = classes
+        generator = torch.Generator().manual_seed(seed)
+        start = torch.randn(self.trees, self.routing.leaves, classes, generator=generator)
+        self.register_buffer("leaves", start.softmax(-1))
 
     def forward(self, features: Tensor) -> Tensor:
         """Predicted distribution [N, C], float32 (float64 for a layer of that dtype)."""
@@ -323,6 +334,7 @@ class LabelDistributionForest(_MapForest):
             return prob.flatten(1) @ self.leaves.flatten(0, 1) / self.trees
 
     def distribution(self, features: Tensor) -> LabelDistribution:
+        """The mixture over the leaves of all trees, whatever the objective."""
         return LabelDistribution(self(features), self.eps)
 
     @torch.no_grad()
@@ -330,14 +342,14 @@ class LabelDistributionForest(_MapForest):
         """Leaves from clusters of the labels (k-means++, seeded apart for every tree, in tree order).
 
         Each leaf is its cluster's mean, and the mean of all labels as if one more label had it. In a process group the
-        labels of all ranks are taken.
+        labels of all ranks are taken; on CUDA, rows that are not finite are left out.
 
         Raises:
             ValueError: as `loss`, or no label.
         """
         rows = thinned(rows_of_ranks(self._checked_labels(labels, None)[0], group), self.seed)
         if not len(rows):
-            raise ValueError(f"{self.NAME}.initialize: needs at least one finite label, got none")
+            raise ValueError(f"{self.NAME}.initialize: needs at least one label, got none")
         for tree in range(self.trees):
             centres, owner = clusters(rows, self.routing.leaves, self.seed * self.trees + tree)
             size = torch.bincount(owner, minlength=len(centres))[:, None]
@@ -352,14 +364,15 @@ class LabelDistributionForest(_MapForest):
         if weight is not None and tuple(weight.shape) != shape[:1]:
             raise ValueError(f"{self.NAME}: weight must be {list(shape[:1])}, got {list(weight.shape)}")
         if len(shape) == 1 and not labels.is_floating_point() and labels.dtype != torch.bool:
-            looked_at = labels.device.type == "cpu" and not torch.compiler.is_compiling()
-            if looked_at and len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < self.classes:
+            if looked_at(labels) and len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < self.classes:
                 raise ValueError(
                     f"{self.NAME}: labels must be classes from 0 to {self.classes - 1}, got {int(labels.min())} to "
                     f"{int(labels.max())}"
                 )
             dense = (labels[:, None] == torch.arange(self.classes, device=labels.device)).to(dtype)
         elif len(shape) == 2 and shape[1] == self.classes and labels.is_floating_point():
+            if looked_at(labels):
+                _check_distributions(self.NAME, labels, weight)
             dense = labels.detach().to(dtype)
         else:
             raise ValueError(
@@ -369,6 +382,24 @@ class LabelDistributionForest(_MapForest):
         if weight is None:
             return dense, dense.new_ones(len(dense), 1)
         return torch.where((weight == 0)[:, None], 0.0, dense), weight.detach().to(dtype)[:, None]
+
+
+def _check_distributions(layer: str, labels: Tensor, weight: Tensor | None) -> None:
+    """Rows that are distributions, to the rounding of 16 bits at most; hidden ones may be anything."""
+    rows = labels.detach().double()
+    least, off = rows.amin(1), (rows.sum(1) - 1).abs()
+    tolerance = max(ROUNDED, torch.finfo(labels.dtype).eps)
+    wrong = ~((least >= 0) & (off <= tolerance))
+    if weight is not None:
+        wrong = wrong & (weight != 0)
+    if bool(wrong.any()):
+        fault = torch.maximum(off, -least).nan_to_num(nan=torch.inf)
+        row = int(torch.where(wrong, fault, -1.0).argmax())
+        sizes = f"a sum of {float(rows[row].sum()):.6g}, least {float(least[row]):.6g}"
+        raise ValueError(
+            f"{layer}: rows of labels must be distributions: finite, at least 0, of sum 1 to {tolerance:.2g}; got "
+            f"{sizes if bool(rows[row].isfinite().all()) else 'NaN or inf'} in row {row}, the worst of {int(wrong.sum())}"
+        )
 
 
 class LabelDistribution:
@@ -389,22 +420,92 @@ class LabelDistribution:
         return self.probability @ values.to(self.probability.dtype)
 
 
+class HeatmapDistribution:
+    """What a `HeatmapForest` predicts: probabilities [N, P, H, W], of the pixels for each landmark.
+
+    Points are (x, y) in pixels; within its pixel, a landmark is at the centre.
+    """
+
+    def __init__(self, probability: Tensor, eps: float) -> None:
+        self.probability, self.eps = probability, eps
+
+    @property
+    def mean(self) -> Tensor:
+        """[N, P, 2]: expected points, pixels."""
+        return self._moments()[0]
+
+    @property
+    def covariance(self) -> Tensor:
+        """[N, P, 2, 2], pixels squared."""
+        mean, x, y = self._moments()
+        height, width = self.probability.shape[2:]
+        # About the mean: sums of squares of coordinates would cancel.
+        x_apart, y_apart = self._axis(width) - mean[..., :1], self._axis(height) - mean[..., 1:]
+        across = ((self.probability @ x_apart[..., None])[..., 0] * y_apart).sum(-1)
+        spread = [(x * x_apart.square()).sum(-1), across, across, (y * y_apart.square()).sum(-1)]
+        return torch.stack(spread, -1).unflatten(-1, (2, 2))
+
+    def log_prob(self, labels: Tensor) -> Tensor:
+        """[N, P] nats: log p of the pixels nearest to points [N, P, 2], or sum_h y_h log p_h of heatmaps [N, P, H, W]
+        (minus the cross entropy).
+
+        A pixel of less than eps, and one off the canvas, has log eps; a point that is not finite NaN.
+
+        Raises:
+            TypeError, ValueError: labels of another type or shape.
+        """
+        maps, (height, width) = list(self.probability.shape), self.probability.shape[2:]
+        if not labels.is_floating_point():
+            raise TypeError(f"HeatmapDistribution.log_prob: labels must be floating-point, got {labels.dtype}")
+        if list(labels.shape) not in ([*maps[:2], 2], maps):
+            raise ValueError(
+                f"HeatmapDistribution.log_prob: labels must be points {[*maps[:2], 2]} or heatmaps {maps}, got "
+                f"{list(labels.shape)}"
+            )
+        log = self.probability.clamp_min(self.eps).log()
+        if labels.dim() == 4:
+            return (labels.to(log.dtype) * log).sum((2, 3))
+        finite = labels.isfinite().all(-1)
+        points = labels.to(torch.promote_types(labels.dtype, torch.float32))
+        column, row = torch.where(finite[..., None], points, -1.0).add(0.5).floor().unbind(-1)
+        inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
+        pixel = torch.where(inside, row * width + column, 0.0).long()
+        there = torch.where(inside, log.flatten(2).gather(2, pixel[..., None])[..., 0], math.log(self.eps))
+        return torch.where(finite, there, torch.nan)
+
+    def _axis(self, pixels: int) -> Tensor:
+        return torch.arange(pixels, dtype=self.probability.dtype, device=self.probability.device)
+
+    def _moments(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The mean, and the marginals of x [N, P, W] and y [N, P, H]."""
+        x, y = self.probability.sum(-2), self.probability.sum(-1)
+        return torch.stack([x @ self._axis(x.shape[-1]), y @ self._axis(y.shape[-1])], -1), x, y
+
+
 class _LandmarkTrees(_MapForest):
     """The trees of one group of landmarks: leaves [T, L, P, H, W]."""
 
     NAME = "HeatmapForest"
 
     def __init__(
-        self, in_features: int, landmarks: int, size: tuple[int, int], sigma: float, truncate: float, **rest: Any
-    ):
-        trees, depth = rest["trees"], rest["depth"]
-        leaf_sigma = max(sigma, 0.5 * math.sqrt(size[0] * size[1] / 2**depth))
-        half = torch.tensor([size[1] / 2, size[0] / 2])
-        place = (spread_points(trees * 2**depth) + 1) * half - 0.5
-        place = torch.stack([cells[tree_order(cells)] for cells in place.view(trees, -1, 2)])
-        maps = ops_heatmap.render_gaussian(place, leaf_sigma, size, normalize="sum")
-        super().__init__(in_features, maps[:, :, None].repeat(1, 1, landmarks, 1, 1), landmarks, **rest)
+        self,
+        in_features: int,
+        landmarks: int,
+        size: tuple[int, int],
+        sigma: float,
+        truncate: float,
+        seed: int,
+        **options: Unpack[MapOptions],
+    ) -> None:
+        super().__init__(in_features, landmarks, seed=seed, **options)
         self.size, self.sigma, self.truncate = size, sigma, truncate
+        leaves = self.routing.leaves
+        leaf_sigma = max(sigma, 0.5 * math.sqrt(size[0] * size[1] / leaves))
+        half = torch.tensor([size[1] / 2, size[0] / 2])
+        place = (spread_points(self.trees * leaves) + 1) * half - 0.5
+        place = torch.stack([cells[tree_order(cells)] for cells in place.view(self.trees, -1, 2)])
+        maps = ops_heatmap.render_gaussian(place, leaf_sigma, size, normalize="sum")
+        self.register_buffer("leaves", maps[:, :, None].repeat(1, 1, landmarks, 1, 1))
 
     def leaf_points(self) -> Tensor:
         """Expected points of the leaves [T, L, P, 2]."""
@@ -464,8 +565,8 @@ class HeatmapForest(nn.Module):
             None: one group.
         sigma: of the targets, pixels, > 0; they sum to 1.
         truncate: targets are cut at ceil(truncate sigma) pixels; one that misses the canvas counts 0.
-        mask_threshold: the loss, and bounding, count only pixels where the target exceeds this share of a Gaussian's
-            peak; None: all.
+        mask_threshold: the loss, and the leaf update, count only pixels where the target exceeds this share of a
+            Gaussian's peak; None: all.
         other arguments: as `LabelDistributionForest`.
 
     `loss(features, points, weight=None)`: points [N, P, 2], weight [N, P]; mean over visible landmarks.
@@ -474,8 +575,9 @@ class HeatmapForest(nn.Module):
         ValueError: an argument out of range, a pairing that does not belong together, groups that are no partition.
 
     >>> head = HeatmapForest(16, 4, (12, 12), groups=[[0, 1], [2, 3]], trees=2, depth=3)
-    >>> head(torch.randn(5, 16)).shape, head.heatmap(torch.randn(5, 16)).shape
-    (torch.Size([5, 4, 2]), torch.Size([5, 4, 12, 12]))
+    >>> features = torch.randn(5, 16)
+    >>> head(features).shape, head.heatmap(features).shape, head.distribution(features).covariance.shape
+    (torch.Size([5, 4, 2]), torch.Size([5, 4, 12, 12]), torch.Size([5, 4, 2, 2]))
     """
 
     group: Tensor
@@ -490,22 +592,8 @@ class HeatmapForest(nn.Module):
         groups: Tensor | Sequence[int] | Sequence[Sequence[int]] | None = None,
         sigma: float = 1.5,
         truncate: float = 3.0,
-        trees: int = 5,
-        depth: int = 6,
-        units: int = 128,
-        steepness: float = 1.0,
-        loss: str = "kl",
-        leaf_update: str | None = None,
-        allow_mismatch: bool = False,
-        mask_threshold: float | None = None,
-        objective: str = "per_tree",
-        tree_update: str = "average",
-        update_every: int = 50,
-        iterations: int = 20,
-        replay: int | None = None,
-        eps: float = 1e-12,
-        floor: float = 1e-6,
         seed: int = 0,
+        **options: Unpack[MapOptions],
     ) -> None:
         super().__init__()
         check_integer("HeatmapForest", "landmarks", landmarks, 1)
@@ -513,7 +601,6 @@ class HeatmapForest(nn.Module):
             raise ValueError(f"HeatmapForest: size must be (H, W), both at least 1, got {size!r}")
         check_positive("HeatmapForest", "sigma", sigma)
         check_positive("HeatmapForest", "truncate", truncate)
-        _check_forest("HeatmapForest", trees, depth, seed)
         self.in_features, self.landmarks, self.size = in_features, landmarks, (int(size[0]), int(size[1]))
         members = _members(groups, landmarks)
         self.groups: Any = nn.ModuleList(
@@ -523,22 +610,8 @@ class HeatmapForest(nn.Module):
                 self.size,
                 float(sigma),
                 float(truncate),
-                loss=loss,
-                leaf_update=leaf_update,
-                allow_mismatch=allow_mismatch,
-                mask_threshold=mask_threshold,
-                eps=eps,
-                floor=floor,
-                trees=trees,
-                depth=depth,
-                units=units,
-                steepness=steepness,
-                objective=objective,
-                tree_update=tree_update,
-                update_every=update_every,
-                iterations=iterations,
-                replay=replay,
-                seed=seed + index,
+                seed + index,
+                **options,
             )
             for index, member in enumerate(members)
         )
@@ -576,6 +649,10 @@ class HeatmapForest(nn.Module):
         """The mixtures [N, P, H, W], each sums to 1."""
         return self._assembled([self._mixed(trees, features, trees.leaves) for trees in self.groups])
 
+    def distribution(self, features: Tensor) -> HeatmapDistribution:
+        """The mixture over the leaves of all trees of a landmark's group, whatever the objective."""
+        return HeatmapDistribution(self.heatmap(features), self.groups[0].eps)
+
     def loss(self, features: Tensor, points: Tensor, weight: Tensor | None = None) -> Tensor:
         """Mean loss over the landmarks, sum w R / sum w: a scalar, 0 where none is visible. See the class."""
         points, weight = self._checked(points, weight)
@@ -609,10 +686,23 @@ class HeatmapForest(nn.Module):
         return sum(trees.fit_leaves(points[:, m], weight[:, m], iterations, group) for trees, m in self._each())
 
     @torch.no_grad()
-    def posterior(self, points: Tensor, weight: Tensor | None = None) -> Tensor:
-        """[N, G T, L]: of the leaves of every tree, group after group, given the points alone."""
+    def posterior(self, points: Tensor, weight: Tensor | None = None, scale: Any = None) -> Tensor:
+        """[N, G T, L]: of the leaves of every tree, group after group, given the points alone. scale: of
+        `posterior_scale`; None: of these points."""
         points, weight = self._checked(points, weight)
-        return torch.cat([trees.posterior(points[:, m], weight[:, m]) for trees, m in self._each()], dim=1)
+        scales = [None] * len(self.groups) if scale is None else scale
+        return torch.cat(
+            [
+                trees.posterior(points[:, m], weight[:, m], one)
+                for (trees, m), one in zip(self._each(), scales, strict=True)
+            ],
+            dim=1,
+        )
+
+    def posterior_scale(self, points: Tensor, weight: Tensor | None = None) -> list[Tensor]:
+        """Of every group, see `LabelDistributionForest.posterior_scale`."""
+        points, weight = self._checked(points, weight)
+        return [trees.posterior_scale(points[:, m], weight[:, m]) for trees, m in self._each()]
 
     def routing_loss(self, features: Tensor, posterior: Tensor) -> Tensor:
         """KL(posterior || routing), mean over samples and trees."""
@@ -728,11 +818,9 @@ def _members(groups: Any, landmarks: int) -> list[Tensor]:
     return members
 
 
-def _check_forest(layer: str, trees: int, depth: int, seed: int) -> None:
-    """What the first leaves are drawn by, before the routing checks it."""
-    check_integer(layer, "trees", trees, 1)
-    check_integer(layer, "depth", depth, 1, 16)
-    check_integer(layer, "seed", seed, 0)
+def _shown(weight: Tensor) -> Tensor:
+    """Of weights [N, M] which samples count, [N, 1, 1]."""
+    return (weight.sum(1) > 0)[:, None, None]
 
 
 def _by_map(leaves: Tensor) -> Tensor:

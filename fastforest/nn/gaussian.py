@@ -6,17 +6,20 @@ Shapes: N samples, T trees of L = 2^D leaves, label dimension D (out_features), 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from fastforest.nn._checks import check_integer, check_positive
 from fastforest.nn._clusters import clusters, thinned
-from fastforest.nn._forest import LeafForest
+from fastforest.nn._forest import ForestOptions, LeafForest
 from fastforest.nn._ranks import many_ranks, rows_of_ranks
 from fastforest.ops import gaussian as ops_gaussian
 from fastforest.ops._checks import check_choice
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["GaussianForest", "GaussianMixture"]
 
@@ -41,26 +44,29 @@ class GaussianForest(LeafForest):
     Args:
         in_features: of the input.
         out_features: D, of the label, 1 to 256.
-        trees, depth, units, steepness, seed: of the routing, see `SoftForest`. The seed also draws the clusters.
+        trees (5), depth (6), units (128), steepness (1), seed: of the routing, see `SoftForest`. The seed also draws the
+            clusters.
         covariance: "full", "diagonal", "spherical" (one variance a leaf) or "tied" (one covariance a tree).
         floor: least variance of a leaf relative to the labels', > 0.
-        min_count: a leaf with a smaller sum of responsibilities is dead, > 0.
+        min_count: a leaf with a smaller sum of weighted responsibilities is dead, > 0.
         dead: "keep" it, or "reseed" it at the worst explained samples.
-        objective: "per_tree": the mean of the trees' negative log likelihoods; "forest": that of the mean of the trees.
-        tree_update: "average" or "sequential", see `update`.
+        objective: "per_tree" (as given by default): the mean of the trees' negative log likelihoods; "forest": that of the
+            mean of the trees.
+        tree_update: "average" (default) or "sequential", see `update`.
         replay: how many past samples `loss` stores on each rank, features as this head saw them; every `update_every`
             calls in training mode, `iterations` steps of expectation maximisation over them, with the routing held
-            fixed. None: no replay, leaves move by `accumulate` and `update` alone. It is not part of the state dict.
-        update_every, iterations: of the replay.
+            fixed. None (default): no replay, leaves move by `accumulate` and `update` alone. It is not part of the state
+            dict.
+        update_every (50), iterations (20): of the replay.
 
     `loss(features, labels, weight=None)`: negative log likelihood in nats; labels [N, D] as floats, weight [N]. In
-    `accumulate` and the replay a sample counts once or, with weight 0, not at all; one whose label is not finite does
-    not count.
+    `accumulate`, `fit_leaves` and the replay a sample counts weight times; one whose label is not finite does not count.
 
     Raises:
         ValueError: an argument out of range.
 
-    Autocast: the routing's units alone may be bfloat16. torch.compile: `loss` and `forward` in one graph, with a
+    Autocast, and a layer in bfloat16 or float16: the routing's units alone are 16 bits, leaves and losses stay float32.
+    torch.compile: `loss` and `forward` in one graph, with a
     replay `loss` breaks the graph once. Deterministic if the operators are.
 
     >>> head = GaussianForest(16, 2, trees=3, depth=3)
@@ -73,6 +79,7 @@ class GaussianForest(LeafForest):
     """
 
     NAME = "GaussianForest"
+    PRECISE = ("mean", "scale_tril")
     mean: Tensor
     scale_tril: Tensor
 
@@ -81,34 +88,14 @@ class GaussianForest(LeafForest):
         in_features: int,
         out_features: int,
         *,
-        trees: int = 5,
-        depth: int = 6,
-        units: int = 128,
-        steepness: float = 1.0,
         covariance: str = "full",
         floor: float = 1e-3,
         min_count: float = 1.0,
         dead: str = "keep",
-        objective: str = "per_tree",
-        tree_update: str = "average",
-        update_every: int = 50,
-        iterations: int = 20,
-        replay: int | None = None,
         seed: int = 0,
+        **options: Unpack[ForestOptions],
     ) -> None:
-        super().__init__(
-            in_features,
-            trees=trees,
-            depth=depth,
-            units=units,
-            steepness=steepness,
-            objective=objective,
-            tree_update=tree_update,
-            update_every=update_every,
-            iterations=iterations,
-            replay=replay,
-            seed=seed,
-        )
+        super().__init__(in_features, seed=seed, **options)
         check_integer(self.NAME, "out_features", out_features, 1, 256)
         check_positive(self.NAME, "floor", floor)
         check_positive(self.NAME, "min_count", min_count)
@@ -116,10 +103,9 @@ class GaussianForest(LeafForest):
         check_choice(self.NAME, "dead", dead, ("keep", "reseed"))
         self.out_features, self.covariance, self.dead = out_features, covariance, dead
         self.floor, self.min_count = float(floor), float(min_count)
-        leaves = self.routing.leaves
-        generator = torch.Generator().manual_seed(seed)
-        self.register_buffer("mean", torch.randn(trees, leaves, out_features, generator=generator))
-        self.register_buffer("scale_tril", torch.eye(out_features).repeat(trees, leaves, 1, 1))
+        shape, generator = (self.trees, self.routing.leaves), torch.Generator().manual_seed(seed)
+        self.register_buffer("mean", torch.randn(*shape, out_features, generator=generator))
+        self.register_buffer("scale_tril", torch.eye(out_features).repeat(*shape, 1, 1))
 
     def forward(self, features: Tensor) -> Tensor:
         """Expected label [N, D], float32 (float64 for a layer of that dtype)."""
@@ -178,7 +164,7 @@ class GaussianForest(LeafForest):
             self.mean[tree], self.scale_tril[tree] = fitted.mean.to(self.mean), fitted.scale_tril.to(self.mean)
 
     @torch.no_grad()
-    def posterior(self, labels: Tensor, weight: Tensor | None = None) -> Tensor:
+    def posterior(self, labels: Tensor, weight: Tensor | None = None, scale: Any = None) -> Tensor:
         labels, weight = self._checked_labels(labels, weight)
         flat = self._counted(labels, weight)
         posterior = [
@@ -187,14 +173,18 @@ class GaussianForest(LeafForest):
         ]
         return torch.stack(posterior, dim=1).nan_to_num(nan=0.0)
 
+    def posterior_scale(self, labels: Tensor, weight: Tensor | None = None) -> None:
+        """None: a density knows no other samples."""
+
     @torch.no_grad()
     def fit_leaves(self, labels: Tensor, weight: Tensor | None = None, iterations: int = 20, group: Any = None) -> int:
         labels, weight = self._checked_labels(labels, weight)
+        self._check_weight(weight)
         flat = self._counted(labels, weight)
         for _ in range(iterations):
             even = self._even(flat)
             statistics = [
-                ops_gaussian.gaussian_statistics(flat, even, mean, scale_tril)
+                ops_gaussian.gaussian_statistics(flat, even, mean, scale_tril, weight)
                 for mean, scale_tril in zip(self.mean, self.scale_tril, strict=True)
             ]
             self.dead_leaves = self._set([self._fitted(s, group) for s in statistics], range(self.trees))
@@ -221,9 +211,9 @@ class GaussianForest(LeafForest):
         labels = self._counted(labels, weight)
         if self.objective == "forest":
             joint = log_prob.flatten(1) - math.log(self.trees)
-            return [ops_gaussian.gaussian_statistics(labels, joint, *self._leaves())]
+            return [ops_gaussian.gaussian_statistics(labels, joint, *self._leaves(), weight)]
         return [
-            ops_gaussian.gaussian_statistics(labels, log_prob[:, tree], self.mean[tree], self.scale_tril[tree])
+            ops_gaussian.gaussian_statistics(labels, log_prob[:, tree], self.mean[tree], self.scale_tril[tree], weight)
             for tree in range(self.trees)
         ]
 

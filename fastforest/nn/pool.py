@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fastforest.nn._checks import check_integer, check_positive, paired
+from fastforest.nn._precision import PreciseBuffers
 from fastforest.ops import pool as ops_pool
 from fastforest.ops import routing as ops_routing
 
@@ -23,7 +24,7 @@ DAMPING = 1e-2  # of the least-squares update, relative to the mean diagonal of 
 GEOMETRY = 3  # the first columns of the keys: x, y, x^2 + y^2
 
 
-class LeafPool(nn.Module):
+class LeafPool(PreciseBuffers):
     r"""A landmark head: features select leaves of a pool, and the selected leaves' mixture is the landmark's heatmap.
 
     .. math::  \hat y_{bp}(h) = \sum_n p_{bpn}\, q(h, n), \qquad
@@ -66,14 +67,16 @@ class LeafPool(nn.Module):
     Raises:
         ValueError: an argument out of range, or a pairing that does not belong together.
 
-    Autocast: queries may be computed in bfloat16; logits, probabilities and losses are float32 (float64 for a layer
-    of that dtype). Deterministic if the operators are. No host synchronisation but in `update`.
+    Autocast, and a layer in bfloat16 or float16: queries are computed in these 16 bits; leaves, logits, probabilities and
+    losses are float32 (float64 for a layer of that dtype). Deterministic if the operators are. No host synchronisation
+    but in `update`.
 
     >>> head = LeafPool(16, landmarks=5, leaves=32, size=(16, 16), sigma=1.5)
     >>> head(torch.zeros(2, 16)).shape
     torch.Size([2, 5, 2])
     """
 
+    PRECISE = ("pool", "mean_shape", "centre", "_steepness", "_statistics", "_gram")
     pool: Tensor
     mean_shape: Tensor | None
     centre: Tensor
@@ -158,13 +161,13 @@ class LeafPool(nn.Module):
 
     def select(self, features: Tensor) -> Tensor:
         """Leaf probabilities [B, P, N], rows sum to 1, float32. features: [B, F], or [B, P, F] one row a landmark."""
-        query = self._query(features)
+        query, key = self._query(features), self.key.to(self.pool.dtype)
         with torch.autocast(query.device.type, enabled=False):
             if self.selection == "forest":
-                return self._route(query @ self.key.T + self.key_bias)
+                return self._route(query @ key.T + self.key_bias)
             tau = self._precision * query[..., 2:3].exp()
             bent = torch.cat([tau * query[..., :2], -0.5 * tau, query[..., 3:]], dim=-1)
-            return (self._steepness * (bent @ self.key.T)).softmax(dim=-1)
+            return (self._steepness * (bent @ key.T)).softmax(dim=-1)
 
     def _route(self, units: Tensor) -> Tensor:
         """[B, P, T (2^D - 1)], a unit a node -> leaf probabilities [B, P, T 2^D], each tree weighted 1/T."""
@@ -305,7 +308,7 @@ class LeafPool(nn.Module):
         return ops_pool.pool_l2_update(damped, cross + damping * self.pool, ridge=0.0).pool, dead
 
     def _query(self, features: Tensor) -> Tensor:
-        """[B, P, R] float32 (or the parameters' float64)."""
+        """[B, P, R] float32 (or the layer's float64)."""
         if not features.is_floating_point():
             raise TypeError(f"LeafPool: features must be floating-point, got {features.dtype}")
         weight, shape = self.query_weight, tuple(features.shape)
@@ -318,7 +321,7 @@ class LeafPool(nn.Module):
         else:
             expected = f"[B, {self.in_features}] or [B, {self.landmarks}, {self.in_features}]"
             raise ValueError(f"LeafPool: features must be {expected}, got {list(shape)}")
-        return query.to(self.query_bias.dtype) + self.query_bias
+        return query.to(self.pool.dtype) + self.query_bias
 
     def _target(self, points: Tensor, batch: int) -> Tensor:
         if tuple(points.shape) != (batch, self.landmarks, 2):

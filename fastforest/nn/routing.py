@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fastforest.nn._checks import check_features, check_integer, check_positive
+from fastforest.nn._precision import PreciseBuffers
 from fastforest.nn._ranks import sum_over_ranks
 from fastforest.ops import routing as ops_routing
 from fastforest.ops._checks import check_choice
@@ -20,7 +21,7 @@ OBJECTIVES = ("per_tree", "forest")
 DEEPEST = 16
 
 
-class SoftForest(nn.Module):
+class SoftForest(PreciseBuffers):
     r"""Soft decision trees over a linear layer: each split reads one unit, and every sample reaches every leaf a little.
 
     .. math::  d_n = \mathrm{sigmoid}(s f_{\phi(n)}), \qquad
@@ -45,7 +46,8 @@ class SoftForest(nn.Module):
     Raises:
         ValueError: an argument out of range.
 
-    Autocast: the units may be computed in bfloat16; routing is float32 (float64 for a layer of that dtype).
+    Autocast, and a layer in bfloat16 or float16: the units are computed in these 16 bits; routing is float32 (float64 for
+    a layer of that dtype).
 
     >>> forest = SoftForest(16, trees=3, depth=4)
     >>> prob = forest(torch.randn(2, 16))
@@ -53,6 +55,7 @@ class SoftForest(nn.Module):
     (torch.Size([2, 3, 16]), True)
     """
 
+    PRECISE = ("_steepness",)
     phi: Tensor
     _steepness: Tensor
 

@@ -116,16 +116,23 @@ def gaussian_responsibilities(x: Tensor, log_weight: Tensor, mean: Tensor, scale
     return op("gaussian_mixture")(*given, True)[1]
 
 
-def gaussian_statistics(x: Tensor, log_weight: Tensor, mean: Tensor, scale_tril: Tensor) -> GaussianStatistics:
+def gaussian_statistics(
+    x: Tensor, log_weight: Tensor, mean: Tensor, scale_tril: Tensor, weight: Tensor | None = None
+) -> GaussianStatistics:
     """What expectation maximisation needs of a batch, about the present means: see `GaussianStatistics`.
 
     Args:
         x, log_weight, mean, scale_tril: as `gaussian_mixture_log_prob`. No gradients.
+        weight: [N], of the same dtype, finite and at least 0: how often each sample counts. A factor of its
+            responsibilities and its log density; in log_weight it would cancel, for a sample's responsibilities sum to 1
+            whatever its row adds up to. None: each once.
 
     A sample whose log density is not finite (NaN, infinity, no weight anywhere) counts nothing.
 
     Raises:
         TypeError, ValueError: as `gaussian_mixture_log_prob`.
+        RuntimeError: a weight that is negative or not finite, on the CPU. CUDA does not wait to look: one that is not
+            finite reaches the sums, which `fit` refuses.
 
     Cost: N K (2 D^2 + 8 D) flops; memory O(K D^2) and a few MB (CUDA: N K more).
     Additive over batches and ranks while the leaves are fixed.
@@ -137,22 +144,31 @@ def gaussian_statistics(x: Tensor, log_weight: Tensor, mean: Tensor, scale_tril:
     >>> s.fit().mean
     tensor([[1.]])
     """
-    given = [t.detach() for t in _mixture("gaussian_statistics", x, log_weight, mean, scale_tril)]
-    count, first, second, log_prob = op("gaussian_statistics")(*given)
-    counted = log_prob.isfinite()
+    name = "gaussian_statistics"
+    given = [t.detach() for t in _mixture(name, x, log_weight, mean, scale_tril)]
+    if weight is not None:
+        check_tensor(name, "weight", weight, "[N]", like=x)
+        check_same(name, "weight", list(weight.shape), [x.shape[0]], "[N] of x")
+        check_same(name, "weight's dtype", compute_dtype(weight.dtype), given[0].dtype, "computed in the dtype of x")
+        weight = weight.detach().to(given[0].dtype)
+    count, first, second, log_prob = op(name)(*given, weight)
+    counted, factor = log_prob.isfinite(), 1.0 if weight is None else weight
+    if weight is not None:
+        counted = counted & (weight > 0)
     worst = torch.where(counted, log_prob, torch.inf).topk(min(len(log_prob), len(count)), largest=False)
-    total = torch.where(counted, log_prob, 0.0).sum()
+    total = torch.where(counted, log_prob * factor, 0.0).sum()
     return GaussianStatistics(
         count, first, second, total, given[2], given[3], given[0][worst.indices], worst.values, counted.sum()
     )
 
 
 class GaussianStatistics(NamedTuple):
-    """Sums over samples with responsibilities r and the means mu that they were taken about.
+    """Sums over samples with responsibilities r, times their weights, and the means mu that they were taken about.
 
     count [K] = sum r; first [K, D] = sum r (x - mu); second [K, D, D] = sum r (x - mu)(x - mu)^T; log_likelihood: scalar,
-    sum of log p. mean, scale_tril: the leaves. worst [W, D], worst_log_prob [W]: the samples of lowest likelihood, at
-    most K, in ascending order (inf: there was no such sample). samples: scalar, how many counted.
+    sum of log p times the weights. mean, scale_tril: the leaves. worst [W, D], worst_log_prob [W]: the samples of lowest
+    likelihood, at most K, in ascending order (inf: there was no such sample). samples: scalar, how many counted, whatever
+    their weights.
     """
 
     count: Tensor  # type: ignore[assignment]
@@ -436,7 +452,9 @@ class _Refuse(torch.autograd.Function):
         raise RuntimeError("gaussian_mixture cannot be differentiated twice")
 
 
-def _statistics_fake(x: Tensor, log_weight: Tensor, mean: Tensor, scale_tril: Tensor) -> tuple[Tensor, ...]:
+def _statistics_fake(
+    x: Tensor, log_weight: Tensor, mean: Tensor, scale_tril: Tensor, weight: Tensor | None
+) -> tuple[Tensor, ...]:
     leaves, dims = mean.shape
     return tuple(x.new_empty(s) for s in ((leaves,), (leaves, dims), (leaves, dims, dims), (x.shape[0],)))
 

@@ -17,7 +17,9 @@ from fastforest.ops._register import op, register
 
 __all__ = ["Peak", "peak", "render_gaussian", "soft_argmax"]
 
-REFINEMENTS = ("none", "quarter_sign", "quarter_second")
+KERNELS = ("none", "quarter_sign", "quarter_second", "dark", "dark_udp")  # by the operator's number
+REFINEMENTS = (*KERNELS, "local")
+LOCAL_WINDOW, LOCAL_BETA = 2, 10.0
 
 
 class Peak(NamedTuple):
@@ -123,43 +125,76 @@ def soft_argmax(
         scale, beta = beta.to(compute_dtype(heatmap.dtype)), 1.0
     else:
         beta = check_number(name, "beta", beta)
-    radius = -1
-    if window is not None:
-        if isinstance(window, bool) or not isinstance(window, int):
-            raise TypeError(f"{name}: window must be an int or None, got {type(window).__name__}")
-        check_number(name, "window", window, least=0)
-        radius = window
-    return op("heatmap_soft_argmax")(heatmap, scale, beta, radius, bool(debias))[0]
+    check_window(name, window)
+    return op("heatmap_soft_argmax")(heatmap, scale, beta, -1 if window is None else window, bool(debias))[0]
 
 
-def peak(heatmap: Tensor, refine: str = "none") -> Peak:
-    """Highest pixel of every map, and its value.
+def peak(heatmap: Tensor, refine: str = "none", *, kernel: int = 11) -> Peak:
+    """Highest pixel m of every map, moved between the pixels, and its value.
 
     Args:
-        heatmap: [B, P, H, W]; any strides.
-        refine: "none"; "quarter_sign": a quarter pixel towards the higher of the two neighbours on each axis, where
-            both exist and differ (HRNet); "quarter_second": a quarter pixel towards the highest of the 8 neighbours on the
-            canvas (lowest flat index among equals), unless all are -inf (Newell et al., Stacked Hourglass).
+        heatmap: h, [B, P, H, W]; any strides.
+        refine: how m is moved.
+
+            - "none": not at all.
+            - "quarter_sign": a quarter pixel towards the higher of the two neighbours on each axis, where both exist and
+              differ (HRNet).
+            - "quarter_second": a quarter pixel towards the highest of the 8 neighbours on the canvas (lowest flat index
+              among equals), unless all are -inf (Newell et al., Stacked Hourglass).
+            - "dark": to the top of the parabola through l at m, ``m - Hess^-1 grad``, with differences of step 2:
+              l = log max(s b, 1e-10), b = h under a Gaussian blur, s = max h / max b (Zhang et al., DARK).
+            - "dark_udp": the same with differences of step 1 and l = log clip(s b, 1e-3, 50) (Huang et al., UDP).
+            - "local": `soft_argmax` with window 2 and beta 10.
+        kernel: of the blur of "dark" and "dark_udp", in pixels on each axis: odd, from 1 (no blur) to 63. Weights as in
+            OpenCV: sigma = 0.3 ((kernel - 1) / 2 - 1) + 0.8, which is 2 at 11 and 3 at 17; binomial or tabulated up to 9.
+
+    Borders: the blur takes 0 outside the canvas. "dark" leaves m where it is nearer than 2 pixels to the border,
+    "dark_udp" on the border itself, and both where the peak is 0 or lower, the Hessian is singular to rounding, or the
+    step would exceed 1.5 pixels on an axis. "local" clips its window to the canvas.
 
     Returns:
         Peak(points [B, P, 2], score [B, P]), float32 or float64 for float64; the lowest flat index wins among equals,
-        so a map that is -inf all over has its peak at (0, 0). NaN for a map with NaN or +inf, and for that map alone.
+        so a map that is -inf all over has its peak at (0, 0) ("local": NaN). NaN for a map with NaN or +inf, and for that
+        map alone.
 
-    Not differentiable: call it without gradients (`soft_argmax` has them).
+    Not differentiable, but for "local": the gradient of its points is that of `soft_argmax`; its score has none.
 
     Raises:
         TypeError, ValueError: an argument of another type, dtype, shape or range; a map without pixels.
 
-    Deterministic, bit by bit; no synchronisation, CUDA-graph safe. Cost: one read of the maps.
+    Deterministic, bit by bit; no synchronisation, CUDA-graph safe. Cost: one read of the maps. Only the stencil is
+    blurred: s is a constant of l and drops out of the differences, unless a clip acts. That takes a pixel of b in the
+    stencil below the lower bound or a peak above 50; such a map alone is blurred whole, for the s of the formula.
 
     >>> points, score = peak(torch.tensor([[[[0.0, 0.1, 0.0, 0.0], [0.2, 0.9, 0.3, 0.0], [0.0, 0.0, 0.0, 0.0]]]]),
     ...                      refine="quarter_sign")
     >>> points, score
     (tensor([[[1.2500, 0.7500]]]), tensor([[0.9000]]))
+    >>> peak(render_gaussian(torch.tensor([[[20.3, 11.6]]]), 2.0, (24, 32)), refine="dark_udp").points
+    tensor([[[20.3000, 11.6000]]])
     """
     _check_maps("peak", heatmap)
     check_choice("peak", "refine", refine, REFINEMENTS)
-    return Peak(*op("heatmap_peak")(heatmap, REFINEMENTS.index(refine)))
+    check_kernel("peak", kernel)
+    if refine == "local":  # beta > 0: the highest logit is that of the peak
+        points, normalizer, _ = op("heatmap_soft_argmax")(heatmap, None, LOCAL_BETA, LOCAL_WINDOW, False)
+        return Peak(points, normalizer.detach()[..., 0])
+    return Peak(*op("heatmap_peak")(heatmap, KERNELS.index(refine), kernel))
+
+
+def check_window(name: str, window: object) -> None:
+    if window is None:
+        return
+    if isinstance(window, bool) or not isinstance(window, int):
+        raise TypeError(f"{name}: window must be an int or None, got {type(window).__name__}")
+    check_number(name, "window", window, least=0)
+
+
+def check_kernel(name: str, kernel: object) -> None:
+    if isinstance(kernel, bool) or not isinstance(kernel, int):
+        raise TypeError(f"{name}: kernel must be an int, got {type(kernel).__name__}")
+    if not (1 <= kernel <= 63 and kernel % 2):
+        raise ValueError(f"{name}: kernel must be odd, from 1 to 63, got {kernel}")
 
 
 def _check_maps(name: str, heatmap: object) -> None:
@@ -243,7 +278,7 @@ register(
 )
 register(
     "heatmap_peak",
-    fake=lambda heatmap, refine: (
+    fake=lambda heatmap, refine, kernel: (
         heatmap.new_empty(*heatmap.shape[:2], 2, dtype=compute_dtype(heatmap.dtype)),
         heatmap.new_empty(heatmap.shape[:2], dtype=compute_dtype(heatmap.dtype)),
     ),

@@ -25,7 +25,7 @@ from ..__main__ import BadInput, Parser, build_model, check_writable, guarded, r
 from ..training import report
 from ..training.checkpoint import write_text
 
-__all__ = ["FacesRecipe", "main", "run"]
+__all__ = ["FacesRecipe", "main", "processor", "run"]
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def _write(
         "minutes": minutes,
         "seed": seed,
         "machine": {
-            "processor": _processor(),
+            "processor": processor(),
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "python": platform.python_version(),
@@ -182,8 +182,8 @@ def _markdown(summary: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _processor() -> str:
-    """The processor's name where the system tells it."""
+def processor() -> str:
+    """The name of the processor, where the system tells it."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:

@@ -34,15 +34,17 @@ def gaussian_responsibilities(x: Tensor, log_weight: Tensor, mean: Tensor, scale
 
 
 def gaussian_statistics(
-    x: Tensor, log_weight: Tensor, mean: Tensor, scale_tril: Tensor
+    x: Tensor, log_weight: Tensor, mean: Tensor, scale_tril: Tensor, weight: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """S0 = sum r, S1 = sum r (x - mean), S2 = sum r (x - mean)(x - mean)^T, sum log p: over samples of finite log p."""
+    """S0 = sum w r, S1 = sum w r (x - mean), S2 = sum w r (x - mean)(x - mean)^T, sum w log p: over samples of finite
+    log p; w [N] is 1 where none is given."""
     log_prob = gaussian_mixture_log_prob(x, log_weight, mean, scale_tril)
     counts = log_prob.isfinite()
-    r = gaussian_responsibilities(x, log_weight, mean, scale_tril)[counts]
+    w = (torch.ones_like(log_prob) if weight is None else weight)[counts]
+    r = gaussian_responsibilities(x, log_weight, mean, scale_tril)[counts] * w[:, None]
     difference = x[counts].unsqueeze(1) - mean
     second = torch.einsum("nk,nki,nkj->kij", r, difference, difference)
-    return r.sum(0), torch.einsum("nk,nki->ki", r, difference), second, log_prob[counts].sum()
+    return r.sum(0), torch.einsum("nk,nki->ki", r, difference), second, (w * log_prob[counts]).sum()
 
 
 def mixture_moments(weight: Tensor, mean: Tensor, scale_tril: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -99,12 +99,68 @@ def soft_argmax(
     return mean + _poisoned(heatmap).unsqueeze(-1)
 
 
-def peak(heatmap: Tensor, refine: str = "none") -> tuple[Tensor, Tensor]:
+def gaussian_kernel(size: int) -> Tensor:
+    """OpenCV's weights for an odd size and no sigma, float64: tables up to 9, then exp(-d^2 / 2 sigma^2) over its sum."""
+    tables = {1: [1], 3: [64, 128], 5: [16, 64, 96], 7: [8, 28, 56, 72], 9: [4, 13, 30, 51, 60]}
+    if size in tables:
+        half = torch.tensor(tables[size], dtype=torch.float64)
+        return torch.cat([half, half[:-1].flip(0)]) / half.sum().mul(2).sub(half[-1])
+    d = torch.arange(size, dtype=torch.float64) - (size - 1) / 2
+    weights = torch.exp(-d.square() / (2 * (0.3 * ((size - 1) * 0.5 - 1) + 0.8) ** 2))
+    return weights / weights.sum()
+
+
+def _blur(heatmap: Tensor, size: int) -> Tensor:
+    """The same size; 0 outside the canvas."""
+    half = size // 2
+    weights = gaussian_kernel(size).tolist()
+    for dim, pad in ((-2, (0, 0, half, half)), (-1, (half, half))):
+        length, padded = heatmap.shape[dim], torch.nn.functional.pad(heatmap, pad)
+        heatmap = torch.zeros_like(heatmap)
+        for start, weight in enumerate(weights):
+            heatmap = heatmap + weight * padded.narrow(dim, start, length)
+    return heatmap
+
+
+def _dark(
+    heatmap: Tensor, x: Tensor, y: Tensor, score: Tensor, step: int, low: float, high: float, size: int
+) -> Tensor:
+    """-Hess^-1 grad of l = log clip(s b, low, high) at (x, y); 0 where it is refused. MMPose's formulas."""
+    height, width = heatmap.shape[-2:]
+    blurred = _blur(heatmap, size)
+    scale = score / blurred.flatten(-2).amax(-1)
+    log = (blurred * scale[..., None, None]).clamp(low, high).log().flatten(-2)
+    inside = (x >= step) & (x < width - step) & (y >= step) & (y < height - step)
+    usable = inside & (score > 0) & (scale > 0) & scale.isfinite()
+
+    def at(dx: int, dy: int) -> Tensor:
+        return log.gather(-1, torch.where(usable, (y + dy) * width + x + dx, 0).unsqueeze(-1)).squeeze(-1)
+
+    gx, gy = (at(1, 0) - at(-1, 0)) / 2, (at(0, 1) - at(0, -1)) / 2
+    xx = (at(step, 0) - 2 * at(0, 0) + at(-step, 0)) / step**2
+    yy = (at(0, step) - 2 * at(0, 0) + at(0, -step)) / step**2
+    if step == 2:
+        xy = (at(1, 1) - at(1, -1) - at(-1, 1) + at(-1, -1)) / 4
+    else:
+        xy = (at(1, 1) - at(1, 0) - at(0, 1) + 2 * at(0, 0) - at(-1, 0) - at(0, -1) + at(-1, -1)) / 2
+    det = xx * yy - xy * xy
+    regular = usable & (det.abs() > 4 * torch.finfo(det.dtype).eps * ((xx * yy).abs() + xy * xy))
+    safe = torch.where(regular, det, 1.0)
+    shift = torch.stack([xy * gy - yy * gx, xy * gx - xx * gy], -1) / safe.unsqueeze(-1)
+    taken = regular & (shift.abs() <= 1.5).all(-1)
+    return torch.where(taken.unsqueeze(-1), shift, 0.0)
+
+
+def peak(heatmap: Tensor, refine: str = "none", *, kernel: int = 11) -> tuple[Tensor, Tensor]:
     """Highest pixel (lowest flat index among equals) and its value; points and score are NaN for a poisoned map.
 
     quarter_sign (HRNet): x + 1/4 sign(h[x+1] - h[x-1]) per axis, where both neighbours exist, sign(0) = 0.
     quarter_second: m + (s - m) / (4 |s - m|), s the highest of the 8 neighbours inside the canvas (lowest index among
     equals), unless all of them are -inf.
+    dark (DARK), dark_udp (UDP): m - Hess^-1 grad of l = log clip(s b, low, high), b the map under a Gaussian blur that
+    takes 0 outside the canvas, s = max h / max b; second differences of step 2, low 1e-10, high inf, or step 1, 1e-3, 50.
+    Unmoved unless the stencil is on the canvas, h[m] > 0, the Hessian regular, and the step at most 1.5 on both axes.
+    local: soft_argmax(window=2, beta=10); the score has no gradient.
     """
     height, width = heatmap.shape[-2:]
     flat = heatmap.flatten(-2)
@@ -141,5 +197,11 @@ def peak(heatmap: Tensor, refine: str = "none") -> tuple[Tensor, Tensor]:
                 step = torch.tensor([dx, dy], dtype=points.dtype, device=points.device) / (4 * math.hypot(dx, dy))
                 shift = torch.where(higher.unsqueeze(-1), step, shift)
         points = points + shift
+    elif refine == "dark":
+        points = points + _dark(heatmap, x, y, score, 2, 1e-10, math.inf, kernel)
+    elif refine == "dark_udp":
+        points = points + _dark(heatmap, x, y, score, 1, 1e-3, 50.0, kernel)
+    elif refine == "local":
+        return soft_argmax(heatmap, 10.0, window=2), (score + _poisoned(heatmap)).detach()
     poison = _poisoned(heatmap)
     return points + poison.unsqueeze(-1), score + poison

@@ -3,30 +3,16 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
-#include <memory>
 #include <vector>
 
 #include "gaussian/gaussian.h"
+#include "host_shim/test/array.h"
 
 namespace {
 
 using Values = std::vector<double>;
 
 bool failed = false;
-
-// Right behind its end begins ASan's red zone.
-template <class T>
-class Array {
- public:
-  Array(int64_t n, T fill) : n_(n), data_(new T[n]) { std::fill(data_.get(), data_.get() + n, fill); }
-  T* get() { return data_.get(); }
-  T& operator[](int64_t i) { return data_[i]; }
-  int64_t size() const { return n_; }
-
- private:
-  int64_t n_;
-  std::unique_ptr<T[]> data_;
-};
 
 struct Case {
   int samples, leaves, dims;

@@ -5,10 +5,11 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
-#include <memory>
 #include <vector>
 
 #include "heatmap/heatmap.h"
+#include "host_shim/test/array.h"
+#include "heatmap/heatmap_math.h"
 
 namespace {
 
@@ -33,24 +34,6 @@ void fail(const Case& c, size_t bytes, const char* what, const char* how, double
               c.landmarks, c.height, c.width, int(c.layout), c.offset, bytes, how, difference, largest);
   failed = true;
 }
-
-// Behind `offset` elements begins what a kernel sees; right behind its end begins ASan's red zone.
-template <class T>
-class Array {
- public:
-  Array(int64_t n, T fill, int offset = 0) : n_(n), offset_(offset), data_(new T[n + offset]) {
-    std::fill(data_.get(), data_.get() + n + offset, fill);
-  }
-  T* get() { return data_.get() + offset_; }
-  T& operator[](int64_t i) { return data_[i + offset_]; }
-  int64_t size() const { return n_; }
-  Values values() const { return Values(data_.get() + offset_, data_.get() + offset_ + n_); }
-
- private:
-  int64_t n_;
-  int offset_;
-  std::unique_ptr<T[]> data_;
-};
 
 // Maps of one layout. What lies between them holds the fill.
 template <class T>
@@ -143,7 +126,8 @@ struct Run {
       set(1, c.height / 2, c.width / 2, C(NAN));
       set(4, c.height / 3, c.width / 2, C(INFINITY));
     }
-    for (int refine = 0; refine < 3; ++refine) peak(refine);
+    for (int refine = 0; refine < 5; ++refine) peak(refine, 11);
+    for (int kernel : {1, 9, 33}) peak(4, kernel);
     for (const SoftArgmax& s :
          {SoftArgmax{C(1.5), false, -1, false}, SoftArgmax{C(0.8), true, -1, true},
           SoftArgmax{C(-0.7), true, -1, false}, SoftArgmax{C(1), true, 2, true}, SoftArgmax{C(1.1), false, 50, false}})
@@ -182,10 +166,15 @@ struct Run {
     if (!got.clean()) fail(c, sizeof(T), what, "wrote between the maps", 0, 0);
   }
 
-  void peak(int refine) {
+  void peak(int refine, int kernel) {
     Array<C> found(2 * c.rows(), C(7)), expected(2 * c.rows(), C(8)), score(c.rows(), C(7)), cpu_score(c.rows(), C(8));
-    check("peak", ff::peak_cuda<T>({size, maps.readable(), refine, found.get(), score.get()}, nullptr));
-    cpu.peak({size, cpu_maps.readable(), refine, expected.get(), cpu_score.get()}, 0, tasks);
+    ff::PeakParams<T> p{size, maps.readable(), refine, kernel, {}, found.get(), score.get()};
+    ff::blur_taps(kernel, p.taps);
+    check("peak", ff::peak_cuda(p, nullptr));
+    p.maps = cpu_maps.readable();
+    p.points = expected.get();
+    p.score = cpu_score.get();
+    cpu.peak(p, 0, tasks);
     compare("peak", expected.values(), found.values());
     compare("peak score", cpu_score.values(), score.values());
   }

@@ -3,32 +3,15 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
-#include <memory>
 #include <numeric>
 #include <vector>
 
+#include "host_shim/test/array.h"
 #include "pool/pool.h"
 
 namespace {
 
 bool failed = false;
-
-// Behind `offset` elements begins what a kernel sees; right behind its end begins ASan's red zone.
-template <class T>
-class Array {
- public:
-  Array(int64_t n, T fill, int offset = 0) : n_(n), offset_(offset), data_(new T[n + offset]) {
-    std::fill(data_.get(), data_.get() + n + offset, fill);
-  }
-  T* get() { return data_.get() + offset_; }
-  T& operator[](int64_t i) { return data_[i + offset_]; }
-  int64_t size() const { return n_; }
-
- private:
-  int64_t n_;
-  int offset_;
-  std::unique_ptr<T[]> data_;
-};
 
 struct Case {
   int rows, height, width, leaves, radius;
