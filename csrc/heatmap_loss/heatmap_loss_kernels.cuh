@@ -6,7 +6,9 @@
 // depends on x alone stays in its registers. A warp's loads are neighbours, and a thread has kUnroll of them in flight:
 // the first ones leave before the tables of the target are filled. A block shares these tables: the Gaussians of both
 // axes, H + W exponentials, of which a pixel's target is a product. No atomics, and the order of every sum depends on
-// the map's size and strides alone: results repeat, whatever else is in the batch.
+// the map's size and strides alone: results repeat, whatever else is in the batch. Where landmarks lie innermost
+// (channels_last) a warp's loads are P apart: every 32-byte sector is fetched by the eight or sixteen landmarks that
+// share it, from L2 if their blocks keep pace.
 //
 // Time, of 509 million pixels (B 32, P 971, 128 x 128), on an H200 (4.8 TB/s; 132 SMs at 1.98 GHz issue 3.3e13
 // instructions of a lane a second, 4.2e12 of them transcendental): forward reads 2.04 GB of float, 0.42 ms, in which a
@@ -34,9 +36,12 @@ constexpr int kThreads = 256;        // a block, but for
 constexpr int kSmallThreads = 32;    // of a map of at most kSmallPixels
 constexpr int kSmallPixels = 1024;   //
 constexpr int kLargePixels = 32768;  // and, forward, kMostThreads of a map of more than that
-constexpr int kMostThreads = 512;
-constexpr int kBlocks = 1;           // on an SM: said, or ptxas would sooner spill than pass 64 registers
+constexpr int kMostThreads = 384;
 constexpr int kSlicePixels = 32768;  // backward: a block's rows hold about so many at most
+// Blocks of an SM: 768 threads of 80 registers, which have 48 kilobytes in flight. Left to itself ptxas spills to stay
+// at 64; JS needs 86 for double.
+template <class T, int kBlock>
+constexpr int kBlocks = sizeof(T) == 8 ? 1 : 768 / kBlock;
 template <class T>
 constexpr int kUnroll = sizeof(T) == 8 ? 2 : 4;  // loads a thread has in flight
 constexpr double kLog2E = 1.4426950408889634;
@@ -278,40 +283,25 @@ struct Target {
   Cells x, y;  // of a target of sum 1: beyond these it is 0
 };
 
-// g(h) = exp(factor (h - centre)^2), over its value at the cell nearest to the centre if normalised. There the exponent
-// is factor (h - nearest) (h + nearest - 2 centre), which neither cancels nor overflows for a centre far away.
-template <bool kNormalized, class C>
-struct Axis {
-  C centre, factor, nearest;
-
-  __device__ __forceinline__ Axis(C centre, C sigma, int size)
-      : centre(centre), factor(C(-0.5) / (sigma * sigma)), nearest(max(C(0), min(rint(centre), C(size - 1)))) {}
-
-  // At most 0 but for rounding.
-  __device__ __forceinline__ C power(int cell) const {
-    const C h = C(cell), d = h - centre;
-    if constexpr (kNormalized) return C(2) * factor * ((h - nearest) * (C(0.5) * d + C(0.5) * (nearest - centre)));
-    return factor * d * d;
-  }
-
-  // Outside of these cells it is negligible.
-  __device__ __forceinline__ Cells seen(int size) const {
-    return cells_around(nearest, ceil(sqrt(kNegligiblePower<C> / factor)) + C(1), size);
-  }
-};
+// Outside of these cells a target of sum 1 is negligible: there factor ((h - c)^2 - (n - c)^2) <= factor (h - n)^2.
+template <class C>
+__device__ __forceinline__ Cells seen_cells(const TargetAxis<C>& axis, int size) {
+  return cells_around(axis.nearest, ceil(sqrt(kNegligiblePower<C> / axis.factor)) + C(1), size);
+}
 
 // Fills the tables at `axes`, of peak 1 or of sum 1; readers wait for a barrier.
 template <bool kNormalized, class C>
 __device__ __forceinline__ void fill_target(Target<C>& t, C* axes, const Row<C>& row, const HeatmapLossSize& s,
                                             C (&shared)[128]) {
-  const Axis<kNormalized, C> x(row.x, row.sigma, s.width), y(row.y, row.sigma, s.height);
+  const TargetAxis<C> x = target_axis(row.x, row.sigma, s.width, kNormalized);
+  const TargetAxis<C> y = target_axis(row.y, row.sigma, s.height, kNormalized);
   t.gx = axes;
   t.gy = axes + s.width;
   C sums[4] = {};  // over x and over y: of the Gaussian, of Gaussian * logarithm
   for (int i = threadIdx.x; i < s.width + s.height; i += blockDim.x) {
     const bool along_x = i < s.width;
-    C power = along_x ? x.power(i) : y.power(i - s.width);
-    power = power > C(0) ? C(0) : power;
+    C power = along_x ? target_exponent(x, C(i)) : target_exponent(y, C(i - s.width));
+    power = power > C(0) ? C(0) : power;  // but for rounding it is not
     C g = exp(power);
     g = g > negligible(C(0)) ? g : C(0);
     axes[i] = g;
@@ -327,8 +317,8 @@ __device__ __forceinline__ void fill_target(Target<C>& t, C* axes, const Row<C>&
     block_sums(sums, shared);
     const C scale = C(1) / (sums[0] * sums[1]);
     t.entropy = sums[2] / sums[0] + sums[3] / sums[1] + log(scale);
-    t.x = x.seen(s.width);
-    t.y = y.seen(s.height);
+    t.x = seen_cells(x, s.width);
+    t.y = seen_cells(y, s.height);
     // gy alone carries the scale: every thread for the cells that it wrote.
     for (int i = threadIdx.x; i < s.width + s.height; i += blockDim.x)
       if (i >= s.width) axes[i] *= scale;
@@ -372,8 +362,7 @@ __device__ __forceinline__ void write_all(T* map, const Maps<T>& m, Region regio
       item.store(map + (region.y + y) * m.row + x * (kPacked ? item.kSize : m.column));
 }
 
-// Losses by pixel: value and gradient of the prediction z against the target y, up to the factor `scale`. Where
-// `beyond`, which is seldom, `rest` comes on top of the value: whole warps pass it by.
+// Losses by pixel: value and gradient of the prediction z against the target y, up to the factor `scale`.
 
 template <class C>
 struct Square {
@@ -381,8 +370,6 @@ struct Square {
   C scale;
 
   __device__ __forceinline__ C value(C z, C y) const { return (z - y) * (z - y); }
-  __device__ __forceinline__ bool beyond(C, C) const { return false; }
-  __device__ __forceinline__ C rest(C, C) const { return C(0); }
   __device__ __forceinline__ C gradient(C z, C y) const { return C(2) * (z - y); }
 };
 
@@ -397,13 +384,10 @@ struct Wing {
     return fast_exp2((alpha - y) * (fast_log2(d) - log2_epsilon));
   }
   __device__ __forceinline__ C value(C z, C y) const {
-    const C q = power(min(C(fabs(z - y)), theta), y);
-    return kSmall ? log1p_small(q) : log1p(q);
-  }
-  __device__ __forceinline__ bool beyond(C z, C y) const { return !(fabs(z - y) <= theta); }  // NaN is
-  __device__ __forceinline__ C rest(C z, C y) const {
-    const C q = power(theta, y);
-    return (alpha - y) * q * fast_inverse(q + C(1)) * ((fabs(z - y) - theta) * inverse_theta);
+    const C d = fabs(z - y), e = min(d, theta), q = power(e, y);
+    C v = kSmall ? log1p_small(q) : log1p(q);
+    if (!(d <= theta)) v += (alpha - y) * q * fast_inverse(q + C(1)) * ((d - e) * inverse_theta);  // NaN comes here
+    return v;
   }
   __device__ __forceinline__ C gradient(C z, C y) const {
     constexpr C kLeast = sizeof(C) == 4 ? C(1e-37) : C(1e-300);  // its inverse is finite
@@ -463,11 +447,12 @@ struct PixelColumn : AxisPart<kSize, C> {
   }
 };
 
-// Bytes: one read of the map. A pixel takes 9 instructions for the square; for Adaptive Wing with its defaults 22, two
-// of them transcendental (log2, exp2), and three more where |z - y| > theta (an inverse): the read is the floor in
-// float, and 16-bit maps take about 1.6 times theirs. Rows within the dilated target take 10 instructions more.
+// Bytes: one read of the map. A pixel takes 9 instructions for the square, the read is the floor. For Adaptive Wing
+// with its defaults it takes 30, two of them transcendental (log2, exp2) and a third (an inverse) where a lane of the
+// warp has |z - y| > theta: 0.46 ms beside the 0.42 of the read; 16-bit maps take 0.44 beside 0.21. Rows within the
+// dilated target take 6 more.
 template <class T, bool kPacked, class Loss>
-__global__ void __launch_bounds__(kMostThreads, kBlocks)
+__global__ void __launch_bounds__(kMostThreads, kBlocks<T, kMostThreads>)
     pixel_loss_kernel(HeatmapLossParams<T> p, Loss loss, Foreground<Compute<T>> foreground) {
   using C = Compute<T>;
   constexpr int kSize = Item<T, kPacked>::kSize;
@@ -494,20 +479,8 @@ __global__ void __launch_bounds__(kMostThreads, kBlocks)
     ground.weights(what.near, y, weight);
     const C gy = target.gy[y];
     C part = C(0);
-    bool beyond = false;
 #pragma unroll
-    for (int j = 0; j < kSize; ++j) {
-      const C z = C(item.value[j]), goal = what.gx[j] * gy;
-      part += weight[j] * loss.value(z, goal);
-      beyond |= loss.beyond(z, goal);
-    }
-    if (beyond) {
-#pragma unroll
-      for (int j = 0; j < kSize; ++j) {
-        const C z = C(item.value[j]), goal = what.gx[j] * gy;
-        if (loss.beyond(z, goal)) part += weight[j] * loss.rest(z, goal);
-      }
-    }
+    for (int j = 0; j < kSize; ++j) part += weight[j] * loss.value(C(item.value[j]), what.gx[j] * gy);
     sum[0] += part;
   });
 
@@ -517,11 +490,11 @@ __global__ void __launch_bounds__(kMostThreads, kBlocks)
   if (threadIdx.x == 0) p.loss[r] = row.weight * (loss.scale * sum[0] / (C(p.size.height) * C(p.size.width)));
 }
 
-// Bytes: one read and one write of the map. A pixel takes 10 instructions for the square and 22 for Adaptive Wing,
-// three of them transcendental (log2, exp2, an inverse), of the 54 that the traffic of float leaves and the 27 of 16
-// bits.
+// Bytes: one read and one write of the map, the floor for every type: a pixel takes 12 instructions for the square and
+// 27 for Adaptive Wing, three of them transcendental (log2, exp2, an inverse), of the 54 that the traffic of float
+// leaves and the 27 of 16 bits.
 template <class T, bool kPacked, class Loss>
-__global__ void __launch_bounds__(kThreads, kBlocks)
+__global__ void __launch_bounds__(kThreads, kBlocks<T, kThreads>)
     pixel_loss_backward_kernel(HeatmapLossParams<T> p, const Compute<T>* __restrict__ grad_loss, Maps<T> grad_pred,
                                Loss loss, Foreground<Compute<T>> foreground) {
   using C = Compute<T>;
@@ -609,11 +582,11 @@ __device__ __forceinline__ void finish_unread(const SoftmaxLossParams<T>& p, int
 // KL and JS. Bytes: one read of the map; JS reads once more, from the caches, the pixels where the target is not 0.
 // sum exp(z - top) is taken online: a thread's sums are rescaled when an item exceeds its top, about log(items) times.
 // KL's cross sum of y (z - pivot), the pivot being the logit of the target's centre, is taken in the same pass and
-// needs no rescaling. A pixel takes 8 instructions, one transcendental, and 5 more where the target is not 0: the read
-// is the floor for every type. There JS takes about 100 (its logarithms must be precise, since p - y cancels): the
-// floor again while these are few, sigma up to 2 on 128 x 128 pixels; beyond, 0.1 ms for every tenth of the pixels.
+// needs no rescaling. A pixel takes 10 instructions, one transcendental, and 5 more where the target is not 0: the read
+// is the floor for every type. There JS takes about 200 (its logarithms must be precise, since p - y cancels): the
+// floor again while these are few, sigma below 2 on 128 x 128 pixels; beyond, 0.3 ms for every tenth of the pixels.
 template <SoftmaxLoss kLoss, class T, bool kPacked>
-__global__ void __launch_bounds__(kMostThreads, kBlocks) divergence_kernel(SoftmaxLossParams<T> p) {
+__global__ void __launch_bounds__(kMostThreads, kBlocks<T, kMostThreads>) divergence_kernel(SoftmaxLossParams<T> p) {
   using C = Compute<T>;
   constexpr int kSize = Item<T, kPacked>::kSize, kStatistics = statistics_of(kLoss);
   constexpr bool kKl = kLoss == SoftmaxLoss::kl;
@@ -707,10 +680,10 @@ __global__ void __launch_bounds__(kMostThreads, kBlocks) divergence_kernel(Softm
   p.statistics[int64_t(r) * kStatistics + 1] = log_total;
 }
 
-// Bytes: one read of the map. Online, as above, with both axes' moments: a pixel takes 13 instructions, one
+// Bytes: one read of the map, the floor. Online, as above, with both axes' moments: a pixel takes 15 instructions, one
 // transcendental.
 template <class T, bool kPacked>
-__global__ void __launch_bounds__(kMostThreads, kBlocks) variance_kernel(SoftmaxLossParams<T> p) {
+__global__ void __launch_bounds__(kMostThreads, kBlocks<T, kMostThreads>) variance_kernel(SoftmaxLossParams<T> p) {
   using C = Compute<T>;
   constexpr int kSize = Item<T, kPacked>::kSize, kStatistics = statistics_of(SoftmaxLoss::variance);
   FF_SHARED(C, shared, 128);
@@ -772,10 +745,11 @@ __global__ void __launch_bounds__(kMostThreads, kBlocks) variance_kernel(Softmax
   out[5] = vy;
 }
 
-// Bytes: one read and one write of the map. A pixel takes 8 instructions for KL and 11 for the variance, one of them
-// transcendental; JS about 50 where the target is not 0, for precise logarithms.
+// Bytes: one read and one write of the map, the floor: a pixel takes 12 instructions, one of them transcendental. Where
+// the target is not 0 JS takes about 60, for a precise logarithm.
 template <SoftmaxLoss kLoss, class T, bool kPacked>
-__global__ void __launch_bounds__(kThreads, kBlocks) softmax_backward_kernel(SoftmaxLossBackwardParams<T> b) {
+__global__ void __launch_bounds__(kThreads, kBlocks<T, kThreads>)
+    softmax_backward_kernel(SoftmaxLossBackwardParams<T> b) {
   using C = Compute<T>;
   constexpr int kSize = Item<T, kPacked>::kSize, kStatistics = statistics_of(kLoss);
   FF_DYN_SHARED(C, axes);

@@ -5,11 +5,11 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
-#include <memory>
 #include <vector>
 
 #include "heatmap_loss/heatmap_loss.h"
 #include "heatmap_loss/heatmap_loss_math.h"
+#include "host_shim/test/array.h"
 
 namespace {
 
@@ -34,24 +34,6 @@ void fail(const Case& c, size_t bytes, const char* what, const char* how, double
               c.landmarks, c.height, c.width, int(c.layout), c.offset, bytes, how, difference, largest);
   failed = true;
 }
-
-// Behind `offset` elements begins what a kernel sees; right behind its end begins ASan's red zone.
-template <class T>
-class Array {
- public:
-  Array(int64_t n, T fill, int offset = 0) : n_(n), offset_(offset), data_(new T[n + offset]) {
-    std::fill(data_.get(), data_.get() + n + offset, fill);
-  }
-  T* get() { return data_.get() + offset_; }
-  T& operator[](int64_t i) { return data_[i + offset_]; }
-  int64_t size() const { return n_; }
-  Values values() const { return Values(data_.get() + offset_, data_.get() + offset_ + n_); }
-
- private:
-  int64_t n_;
-  int offset_;
-  std::unique_ptr<T[]> data_;
-};
 
 // Maps of the case's layout. What lies between them holds the fill.
 template <class T>
