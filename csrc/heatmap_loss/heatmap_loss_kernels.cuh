@@ -293,8 +293,8 @@ __device__ __forceinline__ Cells seen_cells(const TargetAxis<C>& axis, int size)
 template <bool kNormalized, class C>
 __device__ __forceinline__ void fill_target(Target<C>& t, C* axes, const Row<C>& row, const HeatmapLossSize& s,
                                             C (&shared)[128]) {
-  const TargetAxis<C> x = target_axis(row.x, row.sigma, s.width, kNormalized);
-  const TargetAxis<C> y = target_axis(row.y, row.sigma, s.height, kNormalized);
+  const TargetAxis<C> x = target_axis(row.x, row.sigma, {0, s.width}, kNormalized);
+  const TargetAxis<C> y = target_axis(row.y, row.sigma, {0, s.height}, kNormalized);
   t.gx = axes;
   t.gy = axes + s.width;
   C sums[4] = {};  // over x and over y: of the Gaussian, of Gaussian * logarithm
