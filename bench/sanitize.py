@@ -32,6 +32,16 @@ def main() -> None:
         for window in (None, 2):
             heatmap = torch.randn(2, 5, height, width, device=device, requires_grad=True)
             ff.soft_argmax(heatmap, 3.0, window=window).sum().backward()
+    for height, width in ((9, 11), (33, 36), (184, 182), (1, 1)):
+        for layout in (torch.contiguous_format, torch.channels_last):
+            maps = torch.randn(2, 5, height, width, device=device).to(memory_format=layout).requires_grad_()
+            points, weight = torch.rand(2, 5, 2, device=device) * 12 - 2, torch.rand(2, 5, device=device).round()
+            ff.heatmap_mse_loss(maps, points, 1.5, weight=weight, foreground_weight=5.0).backward()
+            ff.adaptive_wing_loss(maps, points, 1.5, weight=weight).backward()
+            ff.adaptive_wing_loss(maps, points, 1.5, epsilon=0.2).backward()
+            ff.heatmap_kl_loss(maps, points, 1.5, weight=weight).backward()
+            ff.heatmap_js_loss(maps, points, 1.5, weight=weight).backward()
+            ff.heatmap_variance_loss(maps, 1.5, weight=weight).backward()
     for samples, features, trees, depth in ((1, 1, 1, 1), (5, 13, 3, 6), (3, 2, 1, 14), (3, 13001, 2, 3)):
         phi = ff.draw_phi(features, trees, depth).to(device)
         steepness = torch.tensor(2.0, device=device, requires_grad=True)
