@@ -30,8 +30,8 @@ template <class T>
 struct GaussianLogProbParams {
   GaussianSize size;
   GaussianLeaves<T> leaves;
-  const T* x;  // [N, D]; on the CPU, here and below, panels [ceil(N / kPanel), D, kPanel], zeros behind the last
-               // sample. In at most kFewDims dimensions densities and their gradients read [N, D]
+  const T* x;   // [N, D]; on the CPU, here and below, panels [ceil(N / kPanel), D, kPanel], zeros behind the last
+                // sample. In at most kFewDims dimensions densities and their gradients read [N, D]
   T* log_prob;  // [N, K]  log_norm - |z|^2 / 2
 };
 

@@ -8,8 +8,8 @@
 #include <vector>
 
 #include "heatmap/heatmap.h"
-#include "host_shim/test/array.h"
 #include "heatmap/heatmap_math.h"
+#include "host_shim/test/array.h"
 
 namespace {
 
