@@ -181,33 +181,30 @@ def render(points: Tensor, height: int, width: int, sigma: float) -> Tensor:
     return gy.unsqueeze(-1) * gx.unsqueeze(-2)
 
 
-def adaptive_wing(pred: Tensor, points: Tensor, sigma: float) -> Tensor:
-    """alpha 2.1, omega 14, epsilon 1, theta 0.5, weight map on; what depends on the target alone carries no gradient."""
-    alpha, omega, theta = 2.1, 14.0, 0.5
+def adaptive_wing_target(pred: Tensor, points: Tensor, sigma: float) -> tuple[Tensor, ...]:
+    """target, a, slope, offset and weight map: alpha 2.1, omega 14, epsilon 1, theta 0.5; without gradients."""
     with torch.no_grad():
         target = render(points, *pred.shape[-2:], sigma)
-        a = alpha - target
-        power = torch.exp(a * math.log(theta))
-        slope = a * power / (1 + power) * (omega / theta)
-        offset = theta * slope - omega * torch.log1p(power)
+        a = 2.1 - target
+        power = torch.exp(a * math.log(0.5))
+        slope = a * power / (1 + power) * (14.0 / 0.5)
+        offset = 0.5 * slope - 14.0 * torch.log1p(power)
         weight = 1 + 10 * (F.max_pool2d(target, 3, 1, 1) >= 0.2)
+    return target, a, slope, offset, weight
+
+
+def adaptive_wing(pred: Tensor, points: Tensor, sigma: float) -> Tensor:
+    target, a, slope, offset, weight = adaptive_wing_target(pred, points, sigma)
     d = (pred - target).abs()
-    return (torch.where(d < theta, omega * torch.log1p(d**a), slope * d - offset) * weight).mean()
+    return (torch.where(d < 0.5, 14.0 * torch.log1p(d**a), slope * d - offset) * weight).mean()
 
 
 def adaptive_wing_exp(pred: Tensor, points: Tensor, sigma: float) -> Tensor:
     """The same with d^a = exp(a log d), which a compiler fuses into vector code."""
-    alpha, omega, theta = 2.1, 14.0, 0.5
-    with torch.no_grad():
-        target = render(points, *pred.shape[-2:], sigma)
-        a = alpha - target
-        power = torch.exp(a * math.log(theta))
-        slope = a * power / (1 + power) * (omega / theta)
-        offset = theta * slope - omega * torch.log1p(power)
-        weight = 1 + 10 * (F.max_pool2d(target, 3, 1, 1) >= 0.2)
+    target, a, slope, offset, weight = adaptive_wing_target(pred, points, sigma)
     d = (pred - target).abs()
-    near = omega * torch.log1p(torch.exp(a * torch.log(d + 1e-30)))
-    return (torch.where(d < theta, near, slope * d - offset) * weight).mean()
+    near = 14.0 * torch.log1p(torch.exp(a * torch.log(d + 1e-30)))
+    return (torch.where(d < 0.5, near, slope * d - offset) * weight).mean()
 
 
 def heatmap_mse(pred: Tensor, points: Tensor, sigma: float) -> Tensor:

@@ -1,39 +1,19 @@
 // The heatmap room's operators: checks, allocation, dispatch.
 #include "heatmap/heatmap.h"
 
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
-
 #include <algorithm>
 #include <cmath>
 
 #include "common/isa.h"
 #include "common/stable_torch.h"
 #include "heatmap/heatmap_math.h"
+#include "heatmap/heatmap_torch.h"
 
 namespace ff {
 namespace {
 
-using torch::headeronly::BFloat16;
-using torch::headeronly::Half;
 using torch::stable::new_empty;
 using OptionalTensor = std::optional<Tensor>;
-
-// Calls f with a value of the tensor's element type.
-template <class F>
-auto with_type(const char* op, const Tensor& t, const F& f) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float: return f(float{});
-    case ScalarType::Double: return f(double{});
-    case ScalarType::Half: return f(Half{});
-    case ScalarType::BFloat16: return f(BFloat16{});
-    default: FF_CHECK(false, op, ": expected float32, float64, bfloat16 or float16"); return f(float{});
-  }
-}
-
-ScalarType compute_type(const Tensor& t) {
-  return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
 
 template <class T>
 const T* data(const Tensor& t) {
@@ -44,20 +24,7 @@ T* mutable_data(const Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
 }
 
-// Rows in memory order, or landmarks innermost (channels_last): what the CPU kernels walk without a copy.
-bool planar(const Tensor& t) { return t.stride(3) == 1 || t.size(3) == 1; }
-bool pixel_major(const Tensor& t) { return !planar(t) && t.stride(1) == 1; }
-
-template <class T>
-Maps<T> maps_of(const Tensor& t) {
-  return {static_cast<T*>(const_cast<void*>(t.const_data_ptr())),
-          t.stride(0),
-          t.stride(1),
-          t.stride(2),
-          t.stride(3),
-          pixel_major(t)};
-}
-
+// What the CPU kernels walk without a copy.
 Tensor walkable(const Tensor& t) {
   return on_cuda(t) || planar(t) || pixel_major(t) ? t : torch::stable::contiguous(t);
 }
@@ -145,7 +112,7 @@ Tensor render(const Tensor& points_in, const OptionalTensor& sigmas_in, double s
   const OptionalTensor sigmas = contiguous(sigmas_in);
   Tensor maps = new_empty(points, {size.images, size.landmarks, height, width});
   prefer_huge_pages(maps);
-  with_type(op, points, [&](auto type) {
+  with_map_type(op, points, [&](auto type) {
     using T = decltype(type);
     auto p = render_params<T>(points, sigmas, sigma, size, normalized, truncate);
     p.maps = mutable_data<T>(maps);
@@ -169,7 +136,7 @@ std::tuple<Tensor, Tensor> render_backward(const Tensor& grad_maps, const Tensor
   const OptionalTensor sigmas = contiguous(sigmas_in);
   Tensor grad_points = new_empty(points, {size.images, size.landmarks, 2});
   Tensor grad_sigmas = new_empty(points, {size.images, size.landmarks}, compute_type(points));
-  with_type(op, points, [&](auto type) {
+  with_map_type(op, points, [&](auto type) {
     using T = decltype(type);
     const RenderBackwardParams<T> b{render_params<T>(points, sigmas, sigma, size, normalized, truncate),
                                     maps_of<const T>(grad_maps), mutable_data<T>(grad_points),
@@ -215,7 +182,7 @@ std::tuple<Tensor, Tensor, Tensor> soft_argmax(const Tensor& heatmap_in, const O
   Tensor points = new_empty(heatmap, {size.images, size.landmarks, 2}, type);
   Tensor normalizer = new_empty(heatmap, {size.images, size.landmarks, 2}, type);
   Tensor peak = new_empty(heatmap, {size.images, window < 0 ? 0 : size.landmarks}, ScalarType::Int);
-  with_type(op, heatmap, [&](auto value) {
+  with_map_type(op, heatmap, [&](auto value) {
     using T = decltype(value);
     const auto p = soft_argmax_params<T>(heatmap, beta_value, beta, window, debias, size, points, normalizer, peak);
     dispatch<T>(
@@ -253,7 +220,7 @@ std::tuple<Tensor, Tensor> soft_argmax_backward(const Tensor& grad_points_in, co
   const HeatmapSize size = size_of(op, heatmap);
   Tensor grad_beta = new_empty(heatmap, {images, needs_beta ? landmarks : 0}, type);
   prefer_huge_pages(grad);
-  with_type(op, heatmap, [&](auto value) {
+  with_map_type(op, heatmap, [&](auto value) {
     using T = decltype(value);
     const SoftArgmaxBackwardParams<T> b{
         soft_argmax_params<T>(heatmap, beta_value, beta, window, debias, size, points, normalizer, peak),
@@ -276,7 +243,7 @@ std::tuple<Tensor, Tensor> peak(const Tensor& heatmap_in, int64_t refine, int64_
   const HeatmapSize size = size_of(op, heatmap);
   Tensor points = new_empty(heatmap, {size.images, size.landmarks, 2}, compute_type(heatmap));
   Tensor score = new_empty(heatmap, {size.images, size.landmarks}, compute_type(heatmap));
-  with_type(op, heatmap, [&](auto value) {
+  with_map_type(op, heatmap, [&](auto value) {
     using T = decltype(value);
     PeakParams<T> p{size,
                     maps_of<const T>(heatmap),

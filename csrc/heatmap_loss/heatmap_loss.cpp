@@ -1,51 +1,18 @@
 // The heatmap losses' operators: checks, allocation, dispatch.
 #include "heatmap_loss/heatmap_loss.h"
 
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
-
 #include <algorithm>
 
 #include "common/isa.h"
 #include "common/stable_torch.h"
+#include "heatmap/heatmap_torch.h"
 #include "heatmap_loss/heatmap_loss_math.h"
 
 namespace ff {
 namespace {
 
-using torch::headeronly::BFloat16;
-using torch::headeronly::Half;
 using torch::stable::new_empty;
 using OptionalTensor = std::optional<Tensor>;
-
-// Calls f with a value of the tensor's element type.
-template <class F>
-void with_type(const char* op, const Tensor& t, const F& f) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float: return f(float{});
-    case ScalarType::Double: return f(double{});
-    case ScalarType::Half: return f(Half{});
-    case ScalarType::BFloat16: return f(BFloat16{});
-    default: FF_CHECK(false, op, ": expected float32, float64, bfloat16 or float16");
-  }
-}
-
-ScalarType compute_type(const Tensor& t) {
-  return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
-// The CPU kernels walk maps whose rows stand in memory order; others are staged, a group of landmarks at a time.
-bool planar(const Tensor& t) { return t.stride(3) == 1 || t.size(3) == 1; }
-
-template <class T>
-Maps<T> maps_of(const Tensor& t) {
-  return {static_cast<T*>(const_cast<void*>(t.const_data_ptr())),
-          t.stride(0),
-          t.stride(1),
-          t.stride(2),
-          t.stride(3),
-          !planar(t) && t.stride(1) == 1};
-}
 
 // The tensors of one call: contiguous, of the dtype computed in.
 struct Call {
@@ -132,7 +99,7 @@ struct Call {
     Tensor grad_pred = torch::stable::empty_like(pred);
     prefer_huge_pages(grad_pred);
     stage(planar(grad_pred));
-    with_type(op, pred, [&](auto value) {
+    with_map_type(op, pred, [&](auto value) {
       using T = decltype(value);
       const HeatmapLossBackwardParams<T, Params> b{
           forward(value), static_cast<const Compute<T>*>(grad_loss.const_data_ptr()), maps_of<T>(grad_pred)};
@@ -156,7 +123,7 @@ Tensor mse(const Tensor& pred, const Tensor& points, const OptionalTensor& sigma
   Call call("heatmap_mse_loss", pred, points, sigmas, sigma, weight);
   Tensor loss = call.rows();
   call.stage();
-  with_type(call.op, pred, [&](auto value) {
+  with_map_type(call.op, pred, [&](auto value) {
     using T = decltype(value);
     call.dispatch<T>(
         mse_params(call.params<T>(loss), foreground, background, threshold),
@@ -192,7 +159,7 @@ Tensor adaptive_wing_rows(const Tensor& pred, const Tensor& points, const Option
   Call call("adaptive_wing_loss", pred, points, sigmas, sigma, weight);
   Tensor loss = call.rows();
   call.stage();
-  with_type(call.op, pred, [&](auto value) {
+  with_map_type(call.op, pred, [&](auto value) {
     using T = decltype(value);
     call.dispatch<T>(
         wing_params(call.params<T>(loss), alpha, omega, epsilon, theta, radius, threshold),
@@ -236,7 +203,7 @@ std::tuple<Tensor, Tensor> softmax(const Tensor& logits, const OptionalTensor& p
   softmax_check(call, kind);
   Tensor loss = call.rows(), statistics = call.rows(statistics_of(SoftmaxLoss(kind)));
   call.stage();
-  with_type(call.op, logits, [&](auto value) {
+  with_map_type(call.op, logits, [&](auto value) {
     using T = decltype(value);
     call.dispatch<T>(
         SoftmaxLossParams<T>{call.params<T>(loss), int(kind), static_cast<Compute<T>*>(statistics.mutable_data_ptr())},

@@ -60,16 +60,11 @@ struct Tables {
   }
 };
 
-// Below this share of the peak a float target counts as 0: it is lost in the rounding of what it is added to, and
-// products of two axes stay normal numbers (subnormal ones take a hundred times as long).
-FF_INLINE float negligible(float) { return 8.9e-16f; }
-FF_INLINE double negligible(double) { return 1e-140; }
-
 template <class C>
 FF_INLINE void fill_axis(Axis<C>& axis, C centre, C sigma, int size, bool normalized) {
   constexpr int L = kLanes<C>;
   const TargetAxis<C> target = target_axis(centre, sigma, {0, size}, normalized);
-  const C least = negligible(C(0));
+  const C least = kNegligible<C>;
   Vector<C> total{};
   for (int i = 0; i < size; i += L) {
     const Vector<C> h = lane_index<C>() + C(i);

@@ -269,11 +269,8 @@ __device__ __forceinline__ Row<Compute<T>> row_of(const HeatmapLossParams<T>& p,
   return row;
 }
 
-// Below this share of an axis' peak a float target counts as 0: what it is added to does not feel it.
-__device__ __forceinline__ float negligible(float) { return 8.9e-16f; }
-__device__ __forceinline__ double negligible(double) { return 1e-140; }
 template <class C>
-constexpr C kNegligiblePower = sizeof(C) == 4 ? C(-34.66) : C(-322.4);  // its logarithm, and a little less
+constexpr C kNegligiblePower = sizeof(C) == 4 ? C(-34.66) : C(-322.4);  // log kNegligible, and a little less
 
 // Both axes in shared memory: gx[x] gy[y] is the target.
 template <class C>
@@ -303,7 +300,7 @@ __device__ __forceinline__ void fill_target(Target<C>& t, C* axes, const Row<C>&
     C power = along_x ? target_exponent(x, C(i)) : target_exponent(y, C(i - s.width));
     power = power > C(0) ? C(0) : power;  // but for rounding it is not
     C g = exp(power);
-    g = g > negligible(C(0)) ? g : C(0);
+    g = g > kNegligible<C> ? g : C(0);
     axes[i] = g;
     if constexpr (kNormalized) {
       const C part = g > C(0) ? g * power : C(0);

@@ -10,6 +10,11 @@
 
 namespace ff {
 
+// Below this share of an axis's peak a float target counts as 0: it is lost in the rounding of what it is added to, and
+// products of two axes stay normal numbers (subnormal ones take a hundred times as long on the CPU).
+template <class T>
+constexpr T kNegligible = sizeof(T) == 4 ? T(8.9e-16) : T(1e-140);
+
 // y > threshold (or >=) is |h - c|^2 < cut (or <=):  cut = -2 sigma^2 log(threshold), all pixels for threshold <= 0.
 // Squared distances compare without the rounding of exp.
 template <class T>
