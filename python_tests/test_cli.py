@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from fastforest import data, models, training
-from fastforest.__main__ import main
+from fastforest.cli import main
 from fastforest.recipes import faces as recipe
 from fastforest.training import photos
 
@@ -223,7 +223,7 @@ def test_output_that_cannot_be_written(tmp_path, capsys, run, photo):
 
 
 def test_output_without_permission(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("fastforest.__main__.os.access", lambda path, mode: False)  # the superuser may write anywhere
+    monkeypatch.setattr("fastforest.cli.common.os.access", lambda path, mode: False)  # the superuser may write anywhere
     error = complaint(capsys, "train", *TINY, "--out", tmp_path / "run")
     assert error == f"fastforest: {tmp_path / 'run'}: cannot be written, no permission for {tmp_path}"
 

@@ -42,7 +42,7 @@ from torch.nn import functional
 import fastforest as ff
 
 from .. import data, draw, metrics, training
-from ..__main__ import BadInput, Parser, check_writable, guarded, real, whole
+from ..cli.common import BadInput, Parser, check_writable, guarded, real, whole
 from ..data import dense
 from ..models.dense import ResNet, UNet
 from ..training import report

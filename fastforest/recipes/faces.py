@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .. import data, draw, metrics, training
-from ..__main__ import BadInput, Parser, build_model, check_writable, guarded, real, whole
+from ..cli.common import BadInput, Parser, build_model, check_writable, guarded, real, whole
 from ..training import report
 from ..training.checkpoint import write_text
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .. import data, measures
-from ..__main__ import BadInput, Parser, check_writable, guarded, whole
+from ..cli.common import BadInput, Parser, check_writable, guarded, whole
 from ..nn import LabelDistributionForest
 from ..training import report
 from ..training.checkpoint import write_text

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .. import data, measures
-from ..__main__ import BadInput, Parser, check_writable, guarded, real, whole
+from ..cli.common import BadInput, Parser, check_writable, guarded, real, whole
 from ..models.backbone import Backbone
 from ..nn import GaussianForest, LabelDistributionForest
 from ..training import report

@@ -21,7 +21,7 @@ from matplotlib.collections import EllipseCollection
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from ..__main__ import Parser, check_writable, guarded, whole
+from ..cli.common import Parser, check_writable, guarded, whole
 from ..nn import GaussianForest
 from ..ops.gaussian import gaussian_log_prob
 from ..training import report
