@@ -10,10 +10,20 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from fastforest.models.backbone import Backbone
+from fastforest.models.backbone import BACKBONES, Backbone, Features, Trunk, build_backbone
 from fastforest.models.landmarks import DenseHeatmap, LandmarkForest
 
-__all__ = ["MODELS", "Backbone", "DenseHeatmap", "LandmarkForest", "build"]
+__all__ = [
+    "BACKBONES",
+    "MODELS",
+    "Backbone",
+    "DenseHeatmap",
+    "Features",
+    "LandmarkForest",
+    "Trunk",
+    "build",
+    "build_backbone",
+]
 
 MODELS: dict[str, type[LandmarkForest] | type[DenseHeatmap]] = {
     LandmarkForest.name: LandmarkForest,

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fastforest.models.backbone import Backbone, unit
+from fastforest.models.backbone import Backbone
+from fastforest.models.units import unit
 from fastforest.nn import LeafPool
 
 __all__ = ["DenseHeatmap", "LandmarkForest"]
@@ -158,7 +159,7 @@ class LandmarkForest(nn.Module):
 
     def stages(self, images: Tensor) -> tuple[Selected, Selected]:
         """The selections of the coarse and of the fine stage."""
-        maps, vector = self.backbone(images)
+        maps, vector = self.backbone(images)[:2]
         coarse = Selected(self.coarse, self.coarse.select(vector), None, self.pixel)
         found = coarse.distribution()[0].detach()
         cell, origin = self._nearest(found, maps.shape[-1])
@@ -241,7 +242,7 @@ class DenseHeatmap(nn.Module):
 
     def heatmap(self, images: Tensor) -> Tensor:
         """Maps [B, P, upsample S / 4, ...]: logits ("kl") or heatmaps ("mse"), float32."""
-        features = self.head(self.backbone(images)[0])
+        features = self.head(self.backbone(images).map)
         if self.upsample > 1:
             features = functional.interpolate(features, scale_factor=float(self.upsample), mode="bilinear")
         return self.maps(features).float()
