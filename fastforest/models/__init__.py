@@ -11,7 +11,10 @@ import inspect
 from typing import Any
 
 from fastforest.models.backbone import BACKBONES, Backbone, Features, Trunk, build_backbone
+from fastforest.models.highres import HighResNet
+from fastforest.models.hourglass import StackedHourglass
 from fastforest.models.landmarks import DenseHeatmap, LandmarkForest
+from fastforest.models.norm import synchronize_batch_norm
 
 __all__ = [
     "BACKBONES",
@@ -19,10 +22,13 @@ __all__ = [
     "Backbone",
     "DenseHeatmap",
     "Features",
+    "HighResNet",
     "LandmarkForest",
+    "StackedHourglass",
     "Trunk",
     "build",
     "build_backbone",
+    "synchronize_batch_norm",
 ]
 
 MODELS: dict[str, type[LandmarkForest] | type[DenseHeatmap]] = {

@@ -8,12 +8,15 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fastforest.models.highres import HighResNet
+from fastforest.models.hourglass import StackedHourglass
 from fastforest.models.units import Features, Residual, Trunk, unit
 
 __all__ = ["BACKBONES", "Backbone", "Features", "Trunk", "build_backbone"]
@@ -78,7 +81,12 @@ class Backbone(Trunk):
         return Features(self.merge(merged), self.narrow(x).flatten(1))
 
 
-BACKBONES: dict[str, Callable[..., Trunk]] = {"small": Backbone}
+BACKBONES: dict[str, Callable[..., Trunk]] = {
+    "small": Backbone,
+    "hourglass": partial(StackedHourglass, stacks=1),
+    "stacked": StackedHourglass,
+    "highres": HighResNet,
+}
 
 
 def build_backbone(name: str, image_size: int, **options: Any) -> Trunk:

@@ -20,6 +20,7 @@ class Features(NamedTuple):
     """What a backbone says of a batch.
 
     map: [B, C, h, w]. vector: [B, F]. earlier: maps [B, C, h, w] of stacks before the last, for losses of their own.
+    A module that is exported must return plain tuples, `tuple(features[:2])`: `torch.export.save` knows no named ones.
     """
 
     map: Tensor
