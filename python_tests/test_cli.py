@@ -1,5 +1,6 @@
 """The command line: what it writes, what it prints, and one sentence for every bad input. Drawn faces only."""
 
+import inspect
 import json
 import subprocess
 import sys
@@ -17,6 +18,15 @@ from fastforest.training import photos
 SIZE = 32
 TINY = ["--data", "synthetic", "--faces", "20", "--size", str(SIZE), "--rounds", "1", "--batch", "4", "--steps", "2"]
 
+FILES = [
+    "best.pt",
+    "checkpoint.pt",
+    "metrics.jsonl",
+    "rounds/inside_0001.png",
+    "rounds/round_0001.png",
+    "steps.jsonl",
+]
+
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
@@ -31,8 +41,16 @@ def small_models():
     """The command line builds models of their default widths: here a sixteenth of that."""
     own = models.build
     shrunk = {"forest": {"width": 4, "code": 8, "leaves": 16, "canvas": 8}, "dense": {"width": 4, "code": 8}}
+
+    def build(name, config):
+        small = {}
+        for key, value in shrunk.get(name, {}).items():
+            default = inspect.signature(models.MODELS[name]).parameters[key].default
+            small |= {key: value} if config.get(key, default) == default else {}
+        return own(name, config | small)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(models, "build", lambda name, config: own(name, shrunk.get(name, {}) | config))
+        patch.setattr(models, "build", build)
         yield
 
 
@@ -100,7 +118,7 @@ def test_train_prints_rounds_metrics_and_the_picture(tmp_path, capsys):
     )
     assert lines[3] == f"checkpoint {out / 'checkpoint.pt'}"
     assert lines[4] == f"picture    {out / 'rounds' / 'round_0001.png'}"
-    assert files(out) == ["checkpoint.pt", "metrics.jsonl", "rounds/round_0001.png"]
+    assert files(out) == FILES
 
 
 def test_resume_goes_on_with_the_settings_of_the_checkpoint(tmp_path, capsys):
@@ -138,7 +156,7 @@ def test_overwrite_replaces_the_run_and_nothing_else(tmp_path, capsys):
     for name in ("checkpoint.pt", "rounds/round_0009.png", "notes.txt"):
         (tmp_path / name).write_text("old")
     assert main(["train", *TINY, "--out", str(tmp_path), "--overwrite"]) == 0
-    assert files(tmp_path) == ["checkpoint.pt", "metrics.jsonl", "notes.txt", "rounds/round_0001.png"]
+    assert files(tmp_path) == sorted([*FILES, "notes.txt"])
 
 
 def test_default_out_is_a_new_folder(tmp_path, monkeypatch, capsys):
@@ -234,7 +252,7 @@ def test_full_disk_is_one_sentence(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("os.replace", full)
     assert main(["train", *TINY, "--out", str(tmp_path)]) == 2
     error = capsys.readouterr().err
-    assert error == f"fastforest: {tmp_path / 'checkpoint.pt'}: No space left on device\n"
+    assert error == f"fastforest: {tmp_path / 'steps.jsonl'}: No space left on device\n"
     assert files(tmp_path) == []
 
 
