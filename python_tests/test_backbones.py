@@ -308,6 +308,8 @@ def test_two_ranks_normalise_as_one(tmp_path: Path) -> None:
         else:
             assert torch.equal(first[name], second[name]), name
             found = first[name]
-        within = 1e-10 if "float64" in name or name.startswith("stacked") else 1e-5
+        within = 1e-10 if "float64" in name else 1e-5
+        if "bfloat16" in name and "state" not in name:
+            within = 2**-8  # one step of outputs and gradients as they are stored
         scale = max(1.0, value.abs().max().item())
         torch.testing.assert_close(found / scale, value / scale, rtol=0, atol=within, msg=lambda m, n=name: f"{n}: {m}")
