@@ -69,7 +69,7 @@ class _JoinedBatchNorm2d(nn.BatchNorm2d):
 
     @torch.no_grad()
     def _track(self, mean: Tensor, variance: Tensor) -> None:
-        if self.num_batches_tracked is not None:
+        if self.num_batches_tracked is not None:  # None while a checkpointed pass is repeated
             self.num_batches_tracked.add_(1)
         factor = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), factor)
@@ -111,7 +111,8 @@ class _Normalize(torch.autograd.Function):
 
 def _joined_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Mean [C], biased variance [C] and number of rows [] of the rows of all ranks."""
-    unused = torch.zeros(x.shape[1], dtype=_wide(x), device=x.device)  # its dtype is that of the moments
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    unused = torch.zeros(x.shape[1], dtype=wide, device=x.device)  # its dtype is that of the moments
     count = x.shape[0] * x.shape[2] * x.shape[3]
     moments = torch.ops.aten.batch_norm_update_stats(x, unused, unused.clone(), 0.0) if count else (unused, unused)
     own = torch.cat([*moments, unused.new_full((1,), count)])
@@ -131,10 +132,6 @@ def _own_sums(grad: Tensor, x: Tensor, mean: Tensor, variance: Tensor, eps: floa
     only_sums = [False, True, True]
     found = torch.ops.aten.native_batch_norm_backward(grad, x, one, mean, variance, None, None, False, eps, only_sums)
     return torch.stack(found[1:])
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _over_channels(values: Tensor) -> Tensor:
