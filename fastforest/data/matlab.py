@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import struct
 import zlib
@@ -137,9 +138,9 @@ def _check_tags(content: bytes) -> None:
         _check_elements(memoryview(content)[128:], order)
 
 
-def _check_elements(elements: memoryview, order: str) -> list[int]:
-    """The types of data elements, one behind the other: a tag of type and size, then the data, padded to 8 bytes."""
-    place, kinds = 0, []
+def _check_elements(elements: memoryview, order: str) -> list[tuple[int, memoryview]]:
+    """(type, data) of the elements, one behind the other: a tag of type and size, then the data, padded to 8 bytes."""
+    place, found = 0, []
     while place + 8 <= len(elements):
         kind, size = struct.unpack_from(f"{order}II", elements, place)
         start, end = place + 8, place + 8 + size
@@ -152,25 +153,46 @@ def _check_elements(elements: memoryview, order: str) -> list[int]:
             _check_elements(memoryview(zlib.decompress(elements[start:end])), order)
         elif kind == MATRIX and size:
             _check_array(elements[start:end], order)
-        kinds.append(kind)
+        found.append((kind, elements[start : start + size]))
         place = end if kind == COMPRESSED else end + -end % 8
     if place < len(elements):
         raise ValueError("the last data element is cut")
-    return kinds
+    return found
 
 
 def _check_array(elements: memoryview, order: str) -> None:
-    """Flags, dimensions, name, then as many elements as an array of that class has; of objects no more is known."""
-    kinds = _check_elements(elements, order)
-    flags = struct.unpack_from(f"{order}I", elements, 8)[0] if len(elements) >= 16 else 0
-    kind, parts = flags & 0xFF, 2 if flags & 0x800 else 1
-    numbers, content = {CHAR: 1, SPARSE: 2 + parts}.get(kind, parts), kinds[3:]
-    if kind in (CELL, STRUCT):
-        fits = all(part == MATRIX for part in content[2 * (kind == STRUCT) :])
+    """Flags, dimensions, name, then as many elements as an array of that class has; of objects no more is known.
+
+    The dimensions of cells and structs are held against their elements, as scipy makes room for what they say.
+    """
+    found = _check_elements(elements, order)
+    kinds = [kind for kind, _ in found]
+    flags = struct.unpack_from(f"{order}I", found[0][1])[0] if found and len(found[0][1]) >= 4 else 0
+    kind, parts, content = flags & 0xFF, 2 if flags & 0x800 else 1, kinds[3:]
+    if kind in OBJECTS:
+        return
+    fits = kinds[:3] == [6, 5, 1]
+    if fits and kind in (CELL, STRUCT):
+        fields = 1
+        if kind == STRUCT:
+            fields, content = _fields(found[3:5], order), content[2:]
+        count = fields * math.prod(_integers(found[1][1], order))
+        fits = len(content) == count and all(part == MATRIX for part in content)
     else:
-        fits = kind in OBJECTS or (kind in ARRAYS and len(content) == numbers and MATRIX not in content)
-    if not fits or (kind not in OBJECTS and kinds[:3] != [6, 5, 1]):
+        numbers = {CHAR: 1, SPARSE: 2 + parts}.get(kind, parts)
+        fits = fits and kind in ARRAYS and len(content) == numbers and MATRIX not in content
+    if not fits:
         raise ValueError(f"an array of class {kind} has {len(kinds)} data elements")
+
+
+def _fields(found: list[tuple[int, memoryview]], order: str) -> int:
+    """How many fields a struct has, from the elements that hold the length of their names, and the names."""
+    (length,) = _integers(found[0][1], order) if found else (0,)
+    return len(found[1][1]) // length if length > 0 and len(found) == 2 else 0
+
+
+def _integers(data: memoryview, order: str) -> tuple[int, ...]:
+    return struct.unpack(f"{order}{len(data) // 4}i", data[: len(data) // 4 * 4])
 
 
 @lru_cache(maxsize=OPEN_FILES)

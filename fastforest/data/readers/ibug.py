@@ -148,9 +148,12 @@ def _box_files(root: Path) -> dict[str, Path]:
 
 def _boxes(path: Path, field: str) -> dict[str, Box | None]:
     """Boxes by the image's stem in lower case."""
-    content: Any = load_mat(path, simplify=True).get("bounding_boxes", ())
-    # of a list of one entry scipy leaves the entry alone
-    entries = list(np.atleast_1d(content))
+    content: Any = load_mat(path, simplify=True).get("bounding_boxes")
+    if isinstance(content, np.ndarray):
+        content = content.ravel().tolist()
+    if isinstance(content, dict):  # of a list of one entry scipy leaves the entry alone
+        content = [content]
+    entries: list[Any] = content if isinstance(content, list) else []
     boxes = {}
     for number, entry in enumerate(entries):
         where = f"{path}: entry {number}"

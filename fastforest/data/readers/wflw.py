@@ -9,7 +9,7 @@ import numpy as np
 from ..errors import DataError
 from ..pts import PathLike
 from ..records import Record, Records
-from .common import existing_folder, face_box, image_named, numbers, points_of, read_lines
+from .common import face_box, image_named, numbers, points_of, read_lines
 
 __all__ = ["ATTRIBUTES", "read_wflw", "wflw_list"]
 
@@ -44,7 +44,7 @@ def read_wflw(path: PathLike, subset: str = "train", *, root: PathLike | None = 
         raise ValueError(f"read_wflw: subset must be train or test, got {subset!r}")
     file = Path(path)
     if file.is_dir():
-        found = wflw_list(existing_folder(path), subset)
+        found = wflw_list(file, subset)
         if found is None:
             raise DataError(f"{path}: holds no {LIST.format(subset)}")
         file = found
