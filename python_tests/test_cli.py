@@ -13,7 +13,6 @@ from PIL import Image
 
 from fastforest import data, models, training
 from fastforest.cli import main
-from fastforest.recipes import faces as recipe
 from fastforest.training import photos
 
 SIZE = 32
@@ -529,28 +528,3 @@ def test_the_program_from_outside(tmp_path):
     done = call("predict", "none.jpg", "--checkpoint", str(tmp_path / "none.pt"))
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == f"fastforest: {tmp_path / 'none.pt'}: no such file\n"
-
-
-def test_recipe_writes_numbers_curves_and_pictures(pts_folder, tmp_path, capsys):
-    out = tmp_path / "results"
-    small = recipe.FacesRecipe(
-        size=32,
-        backbone={"width": 4, "code": 8},
-        models={"forest": {"leaves": 16, "canvas": 8}, "dense": {}},
-        training={"rounds": 2, "steps": 1, "batch": 4},
-    )
-    summary = recipe.run(str(pts_folder), out, minutes=5.0, recipe=small)
-    names = ["ced.png", "curves.png", "predictions_dense.png", "predictions_forest.png", "results.json", "results.md"]
-    assert [name for name in files(out) if "/" not in name] == names
-    assert json.loads((out / "results.json").read_text()) == summary
-    assert (summary["train"], summary["held_out"]) == (9, 1)
-    assert summary["models"]["forest"]["rounds"] == 2 and "NME[inter_ocular]" in summary["models"]["dense"]
-    table = (out / "results.md").read_text()
-    assert "| forest | " in table and "| dense | " in table and "| mean shape | " in table
-    assert main(["evaluate", "--checkpoint", str(out / "dense" / "checkpoint.pt"), "--data", str(pts_folder)]) == 0
-    expected = f"NME[inter_ocular] {100 * summary['models']['dense']['NME[inter_ocular]']:.2f} %"
-    assert capsys.readouterr().out.splitlines()[-1].startswith(expected)
-    assert recipe.main(["--data", str(pts_folder), "--out", str(out)]) == 2
-    assert capsys.readouterr().err == f"fastforest: {out / 'forest'}: holds a run already, choose another --out\n"
-    assert recipe.main(["--data", str(tmp_path / "none"), "--out", str(tmp_path / "y")]) == 2
-    assert not (tmp_path / "y").exists()

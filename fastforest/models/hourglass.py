@@ -67,6 +67,7 @@ class StackedHourglass(Trunk):
                 f"StackedHourglass: image_size must be a positive multiple of {coarsest} at depth {depth}, got {image_size}"
             )
         self.image_size, self.map_channels, self.checkpoint = image_size, width, checkpoint
+        self.earlier = stacks - 1
         self.features = code * (image_size // coarsest) ** 2
         self.stem = nn.Sequential(
             unit(3, width // 4, kernel=7, stride=2, norm=norm),

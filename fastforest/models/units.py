@@ -43,6 +43,9 @@ class Trunk(nn.Module):
     features: int
     """F."""
 
+    earlier: int = 0
+    """Maps of stacks before the last."""
+
     narrow: nn.Module
     """What the vector alone passes through; freeze it where only the map is used."""
 
