@@ -175,10 +175,11 @@ def parse_set(text: str) -> dict[str, Any]:
     key, equals, word = text.partition("=")
     parts = [part.strip() for part in key.split(".")]
     if not equals or len(parts) < 2 or not all(parts):
-        raise ConfigError(f"--set must be section.key=value, got {text!r}{_did_you_mean(key.strip())}")
+        near = _section_of(key.strip())
+        raise ConfigError(f"--set must be section.key=value, got {text!r}{f': the nearest is {near}' if near else ''}")
     try:
         table = tomllib.loads(f"value = {word}")
-        value = table["value"] if len(table) == 1 else word
+        value = table["value"] if len(table) == 1 else word.strip()
     except tomllib.TOMLDecodeError:
         value = word.strip()
     tables: dict[str, Any] = {parts[-1]: value}
@@ -212,8 +213,8 @@ def _defaults(made: Any, without: Sequence[str]) -> dict[str, Any]:
 
 def _checked(section: str, values: Any, known: Tables) -> dict[str, Any]:
     if section not in known:
-        near = difflib.get_close_matches(section, known, 1, 0)[0]
-        raise ConfigError(f"{section} is no section: the nearest is {near}{_did_you_mean(section)}")
+        near = _section_of(section) or difflib.get_close_matches(section, known, 1, 0)[0]
+        raise ConfigError(f"{section} is no section: the nearest is {near}")
     if not isinstance(values, Mapping):
         raise ConfigError(f"{section} must be a section of keys, got {values!r}")
     checked = {}
@@ -238,11 +239,9 @@ def _nearest(section: str, key: str, known: Tables) -> tuple[str, str]:
     return section, difflib.get_close_matches(key, known[section], 1, 0)[0]
 
 
-def _did_you_mean(key: str) -> str:
-    """For a key that was given without its section."""
-    known = _known("forest")
-    section = next((section for section, keys in known.items() if key in keys), None)
-    return "" if section is None else f" (is it {section}.{key}?)"
+def _section_of(key: str) -> str | None:
+    """section.key of a key that was given without its section."""
+    return next((f"{section}.{key}" for section, keys in _known("forest").items() if key in keys), None)
 
 
 def _of_key(message: str) -> str:

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import os
+import sys
 import time
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 
 from fastforest import draw, models, training
 from fastforest.data import Cached, SyntheticFaces
-from fastforest.training import TrainConfig, TrainingError, report
+from fastforest.training import TrainConfig, TrainingError, pictures, report, schedules
 from fastforest.training.checkpoint import CheckpointError, write_atomically
 
 SIZE = 32
@@ -239,6 +240,201 @@ def test_resume_refuses_another_run(faces, tmp_path):
         training.fit(tiny("dense", faces), *faces, config, tmp_path / "none", resume=True)
 
 
+def test_best_checkpoint_is_of_the_round_with_the_lowest_watched_error(faces, tmp_path):
+    rates = settings(rounds=4, rate=0.05, schedule="constant")  # too high: not every round is better
+    for name, watch in (("held_out", "NME[inter_ocular]"), ("loss", "loss")):
+        out = tmp_path / name
+        training.fit(tiny("dense", faces), *faces, dataclasses.replace(rates, watch=name), out)
+        errors = [record[watch] for record in training.load(out / "checkpoint.pt").history]
+        assert training.load(out / "best.pt").round == 1 + errors.index(min(errors))
+
+
+def test_steps_have_lines_of_their_own(faces, tmp_path):
+    history = training.fit(tiny("dense", faces), *faces, settings(rounds=2, log_every=2), tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "steps.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4, 6]
+    assert all(line.keys() == {"step", "loss", "rate", "gradient_norm", "images_per_second"} for line in lines)
+    assert lines[-1]["rate"] == history.last["rate"] and lines[-1]["images_per_second"] > 0
+
+
+def test_tensorboard_gets_the_numbers_of_steps_and_rounds(faces, tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    config = settings(rounds=2, log_every=1, tensorboard=True)
+    history = training.fit(tiny("dense", faces), *faces, config, tmp_path)
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("steps/loss")] == list(range(1, 7))
+    assert events.Scalars("rounds/loss")[-1].value == pytest.approx(history.last["loss"])
+
+
+def test_tensorboard_that_is_not_installed_is_told_before_training(faces, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(TrainingError, match=r"needs the package tensorboard: pip install 'fastforest\[tensorboard\]'"):
+        training.fit(tiny("dense", faces), *faces, settings(tensorboard=True), tmp_path)
+
+
+def test_patience_ends_a_run_that_no_longer_improves(faces):
+    config = settings(rounds=9, patience=2, min_delta=10.0)  # an improvement that no round can make but the first
+    history = training.fit(tiny("dense", faces), *faces, config, None)
+    assert len(history.rounds) == 3
+
+
+def test_plateau_drops_the_rate_when_the_error_is_stuck(faces):
+    config = settings(rounds=4, schedule="plateau", plateau=1, min_delta=10.0, drop=0.5, warmup=0)
+    history = training.fit(tiny("dense", faces), *faces, config, None)
+    assert [record["rate"] for record in history.rounds] == pytest.approx([3e-3, 3e-3, 1.5e-3, 0.75e-3])
+
+
+def test_landmarks_that_are_not_known_train_nothing(faces):
+    class Masked:
+        size = SIZE
+
+        def __len__(self):
+            return len(faces[0])
+
+        def batch(self, rows):
+            images, points = faces[0].batch(rows)
+            points = points.clone()
+            points[:, :30] = torch.nan
+            return images, points
+
+    model, weights = tiny("forest", faces), []
+    own = model.loss
+    model.loss = lambda images, points, weight: weights.append(weight) or own(images, points, weight)
+    history = training.fit(model, Masked(), faces[1], settings(rounds=1), None, augment=unchanged)
+    assert all(weight.shape == (4, 68) and not weight[:, :30].any() and weight[:, 30:].all() for weight in weights)
+    assert np.isfinite(history.last["loss"]) and history.last["dead_leaves"] is not None
+    assert all(bool(tensor.isfinite().all()) for tensor in model.state_dict().values())
+    weights.clear()
+    training.fit(model, *faces, settings(rounds=1), None)
+    assert weights == [None] * 3
+
+
+def unchanged(images, points, generator):
+    return images.float() / 255, points
+
+
+def test_model_starts_once_from_a_bounded_sample_of_plain_faces(faces, tmp_path):
+    started, config = [], settings(rounds=1, leaf_faces=8)
+
+    def startable(seed=0):
+        model = tiny("forest", faces, seed)
+        model.start = lambda images, points: started.append((images, points))
+        return model
+
+    training.fit(startable(), *faces, config, tmp_path)
+    training.fit(startable(1), *faces, dataclasses.replace(config, rounds=2), tmp_path, resume=True)
+    ((images, points),) = started
+    assert images.shape == (8, 3, SIZE, SIZE) and points.shape == (8, 68, 2)
+    whole = faces[0].batch(range(len(faces[0])))[0].float() / 255
+    assert all(any(torch.equal(image, other) for other in whole) for image in images)
+
+
+def test_first_share_of_a_run_may_train_the_backbone_alone(faces):
+    model, calls = tiny("forest", faces), []
+    own = model.loss
+    model.pretrain_loss = lambda *batch: calls.append("pretrain") or own(*batch)
+    model.loss = lambda *batch: calls.append("loss") or own(*batch)
+    history = training.fit(model, *faces, settings(rounds=3, pretrain=0.5), None)
+    assert calls == ["pretrain"] * 5 + ["loss"] * 4
+    assert [record["dead_leaves"] is None for record in history.rounds] == [True, False, False]
+    with pytest.raises(TrainingError, match=r"train.pretrain must be 0 for the model 'dense', .* got 0.5"):
+        training.fit(tiny("dense", faces), *faces, settings(pretrain=0.5), None)
+
+
+def test_leaves_are_updated_as_often_as_asked(faces):
+    model, own, calls = tiny("forest", faces), [], []
+    own = model.update
+    model.update = lambda: calls.append(1) or own()
+    training.fit(model, *faces, settings(rounds=2, leaf_updates=3), None)
+    assert len(calls) == 6
+
+
+def test_sixteen_bit_floats_scale_the_loss_and_resume(faces, tmp_path):
+    config = settings(rounds=3, amp="fp16")
+    whole, parts = tiny("dense", faces), tiny("dense", faces)
+    training.fit(whole, *faces, config, tmp_path / "whole")
+    with pytest.raises(Interruption):
+        training.fit(parts, *faces, config, tmp_path / "parts", on_round=stop_after(2))
+    training.fit(parts, *faces, config, tmp_path / "parts", resume=True)
+    same_state(whole.state_dict(), parts.state_dict())
+    scaler = training.load(tmp_path / "whole" / "checkpoint.pt").scaler
+    assert scaler == training.load(tmp_path / "parts" / "checkpoint.pt").scaler and scaler["scale"] > 1
+    assert all(bool(tensor.isfinite().all()) for tensor in whole.state_dict().values())
+
+
+def test_scaled_loss_that_overflows_skips_the_step(faces):
+    model = tiny("dense", faces)
+    own, calls, states = model.loss, [], []
+
+    def loss(*batch):
+        calls.append(1)
+        states.append({name: parameter.detach().clone() for name, parameter in model.named_parameters()})
+        # the gradient of sqrt at 0 is infinite: 0 times it is NaN
+        poison = 0 * (next(model.parameters()).sum() * 0).sqrt() if len(calls) == 2 else 0
+        return own(*batch) + poison
+
+    model.loss = loss
+    training.fit(model, *faces, settings(rounds=1, amp="fp16"), None)
+    same_state(states[1], states[2])
+    assert any(not torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory"),
+    MemoryError(),
+    RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory: you tried to allocate"
+    ),
+    RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 4000000000000 bytes."),
+]
+
+
+def greedy(faces, most, error):
+    """A model that runs out of memory for more than `most` faces."""
+    model = tiny("dense", faces)
+    own = model.loss
+
+    def loss(images, points, weight=None):
+        if len(images) > most:
+            raise error
+        return own(images, points, weight)
+
+    model.loss = loss
+    return model
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=["device", "python", "linux", "windows"])
+def test_memory_that_runs_out_halves_the_batch_for_the_rest_of_the_run(error, faces, tmp_path, caplog):
+    config = settings(rounds=2, log_every=1)
+    history = training.fit(greedy(faces, 2, error), *faces, config, tmp_path)
+    assert [record["batch"] for record in history.rounds] == [2, 2] and history.last["step"] == 6
+    assert [record.message for record in caplog.records] == ["out of memory at 4 faces a step: going on with 2"]
+    lines = [json.loads(line) for line in (tmp_path / "steps.jsonl").read_text().splitlines()]
+    assert lines[0] == {"step": 1, "event": "out of memory", "batch": 2} and len(lines) == 7
+    resumed = training.fit(greedy(faces, 2, error), *faces, settings(rounds=3, log_every=1), tmp_path, resume=True)
+    assert resumed.last["batch"] == 2 and len(caplog.records) == 1  # it is known by then
+
+
+def test_memory_that_no_batch_has_is_one_sentence(faces, tmp_path):
+    with pytest.raises(TrainingError) as caught:
+        training.fit(greedy(faces, 0, OUT_OF_MEMORY[0]), *faces, settings(), tmp_path)
+    assert str(caught.value) == (
+        "training stopped: out of memory at 1 faces a step, and there is no smaller batch in round 1, step 1; "
+        "no checkpoint was written yet"
+    )
+
+
+def test_other_errors_are_not_taken_for_memory(faces):
+    with pytest.raises(RuntimeError, match="shapes"):
+        training.fit(greedy(faces, 0, RuntimeError("shapes differ")), *faces, settings(), None)
+
+
+# --- configuration ----------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -251,6 +447,13 @@ def test_resume_refuses_another_run(faces, tmp_path):
         ({"weight_decay": -1.0}, "weight_decay must not be negative, got -1.0"),
         ({"warmup": 0.1}, "warmup must be an integer of at least 0, got 0.1"),
         ({"ema": 1.0}, r"ema must be in \[0, 1\), got 1.0"),
+        ({"pretrain": 1.0}, r"pretrain must be in \[0, 1\), got 1.0"),
+        ({"min_delta": -0.1}, "min_delta must not be negative, got -0.1"),
+        ({"drop": 1.0}, r"drop must be in \(0, 1\), got 1.0"),
+        ({"milestones": (0.5, 0.5)}, r"milestones must be increasing shares of the run in \(0, 1\), got \(0.5, 0.5\)"),
+        ({"patience": 0}, "patience must be an integer of at least 1, got 0"),
+        ({"amp": "fp8"}, "amp must be one of off, bf16, fp16, got 'fp8'"),
+        ({"watch": "moon"}, "watch must be one of held_out, loss, got 'moon'"),
         ({"steepness": (0.0, 2.0)}, r"steepness must be two positive numbers, got \(0.0, 2.0\)"),
         ({"schedule": "poly"}, "schedule must be one of cosine, step, constant, multistep, plateau, got 'poly'"),
         ({"annealing": "cosine"}, "annealing must be one of linear, exponential, got 'cosine'"),
@@ -275,6 +478,14 @@ def test_schedules_meet_their_ends_and_refuse_the_rest():
     assert [factor("cosine", p) for p in (0.0, 0.5, 1.0)] == pytest.approx([1, 0.505, 0.01])
     assert [factor("step", p) for p in (0.0, 0.49, 0.5, 0.75, 0.9)] == pytest.approx([1, 1, 0.3, 0.09, 0.027])
     assert factor("constant", 0.7) == 1.0
+    steps = [factor("multistep", p, milestones=(0.2, 0.6), drop=0.5) for p in (0.0, 0.19, 0.2, 0.59, 0.6, 1.0)]
+    assert steps == pytest.approx([1, 1, 0.5, 0.5, 0.25, 0.25])
+    assert factor("multistep", 1.0, milestones=(0.1, 0.2, 0.3)) == pytest.approx(0.01)  # the floor
+    stuck = [0.5, 0.4, 0.41, 0.4, 0.3, float("nan"), 0.3, 0.3, 0.3]
+    factors = [schedules.plateau_factor(stuck[:n], 2, drop=0.5) for n in range(len(stuck) + 1)]
+    assert factors == pytest.approx([1, 1, 1, 1, 0.5, 0.5, 0.5, 0.25, 0.25, 0.125])
+    assert schedules.plateau_factor([0.5, 0.4, 0.3], 1, min_delta=0.15) == pytest.approx(0.1)
+    assert [schedules.stale_rounds(stuck[:n]) for n in range(len(stuck) + 1)] == [0, 0, 0, 1, 2, 0, 1, 2, 3, 4]
     assert training.anneal("linear", 2.0, 4.0, 2.0) == 4.0 and training.anneal("exponential", 2.0, 8.0, 0.5) == 4.0
     for call, message in (
         (lambda: factor("x", 0.1), "kind must be one of cosine, step, constant, multistep, got 'x'"),
@@ -301,6 +512,29 @@ def test_checkpoint_is_plain_data_and_rebuilds_the_model(run, faces):
     assert torch.equal(content["mean_shape"], training.mean_shape(faces[0]))
     model = training.load(run).build(run)
     assert not model.training and model.config() == content["config"]
+
+
+def test_checkpoint_of_version_1_is_read_and_goes_on(faces, tmp_path):
+    config = settings(rounds=2, amp=True)
+    whole, parts = tiny("dense", faces), tiny("dense", faces)
+    training.fit(whole, *faces, config, None)
+    with pytest.raises(Interruption):
+        training.fit(parts, *faces, config, tmp_path, on_round=stop_after(1))
+    content = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    for name in ("scaler", "batch", "settings"):
+        del content[name]
+    content["train"] = {name: content["train"][name] for name in VERSION_1_TRAIN} | {"amp": True}
+    torch.save(content | {"version": 1}, tmp_path / "checkpoint.pt")
+    old = training.load(tmp_path / "checkpoint.pt")
+    assert (old.batch, old.scaler, old.settings) == (4, {}, {})
+    training.fit(parts, *faces, config, tmp_path, resume=True)
+    same_state(whole.state_dict(), parts.state_dict())
+
+
+VERSION_1_TRAIN = (
+    *("rounds", "minutes", "steps", "batch", "rate", "weight_decay", "schedule", "warmup", "steepness"),
+    *("annealing", "leaf_faces", "clip", "ema", "amp", "seed", "normalizer", "threshold"),
+)
 
 
 def test_a_crash_between_write_and_replace_leaves_the_old_file(run, monkeypatch, tmp_path):
@@ -400,6 +634,36 @@ def test_bar_draws_on_terminals_only():
         bar.close()
         assert ("100 %" in stream.getvalue() and stream.getvalue().endswith("\r")) == drawn
         assert bool(stream.getvalue()) == drawn
+
+
+def test_leaves_lie_side_by_side():
+    leaves = np.arange(12.0).reshape(3, 2, 2)
+    mosaic = pictures.leaf_mosaic(leaves, columns=2)
+    assert mosaic.shape == (5, 5) and np.isnan(mosaic[2]).all() and np.isnan(mosaic[:, 2]).all()
+    np.testing.assert_allclose(mosaic[:2, 3:], leaves[1] / 7)
+    np.testing.assert_allclose(mosaic[3:, :2], leaves[2] / 11)
+    assert np.isnan(mosaic[3:, 3:]).all()
+
+
+def test_inside_are_the_leaves_that_a_landmark_selects(faces):
+    assert pictures.look_inside(tiny("dense", faces), faces[1]) is None
+    model = tiny("forest", faces).eval()
+    inside = pictures.look_inside(model, faces[1])
+    assert [stage.name for stage in inside.stages] == ["coarse", "fine"] and inside.landmark == 34
+    for stage in inside.stages:
+        assert stage.leaves.shape == (16, 8, 8) and stage.prob.sum() == pytest.approx(1)
+    images, points = faces[1].batch([0])
+    np.testing.assert_array_equal(inside.image, images[0].permute(1, 2, 0))
+    np.testing.assert_allclose(inside.truth, points[0, 34])
+    # a model may name its own leaves
+    model.selections = lambda images: [("own", torch.ones(2, 3, 4) / 12, torch.full((1, 68, 2), 0.5))]
+    own = pictures.look_inside(model, faces[1])
+    assert [(stage.name, stage.leaves.shape, list(stage.prob)) for stage in own.stages] == [
+        ("own", (2, 3, 4), [0.5] * 2)
+    ]
+    rounds = [{"step": 10 * i, "loss": 100.0 / 10**i, "NME[box]": 0.1 / i} for i in (1, 2, 3)]
+    heights = [pictures.inside_figure(what, rounds, "box").shape for what in (None, own, inside)]
+    assert heights == [(340, 1200, 3), (680, 1200, 3), (1020, 1200, 3)]
 
 
 def test_metrics_file_has_no_nan(tmp_path):

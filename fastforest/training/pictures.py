@@ -24,7 +24,7 @@ __all__ = ["Inside", "Stage", "inside_figure", "leaf_mosaic", "look_inside"]
 SHOWN = 36
 """Leaves of a stage in the picture; of more, evenly spaced ones."""
 SELECTED = 7
-DPI = 100
+DPI, ROW = 100, 3.4
 
 
 class Stage(NamedTuple):
@@ -80,16 +80,21 @@ def inside_figure(inside: Inside | None, rounds: Sequence[Mapping[str, Any]], no
         uint8 [height, 1200, 3].
     """
     stages = inside.stages if inside is not None else []
-    figure = Figure(figsize=(12, 3.4 * (len(stages) + 1)), dpi=DPI, layout="constrained")
-    rows = list(figure.subfigures(len(stages) + 1, 1, squeeze=False).flat)
-    for row, stage in zip(rows, stages, strict=False):
+    rows = len(stages) + 1
+    figure = Figure(figsize=(12, ROW * rows), dpi=DPI)
+
+    def panel(row: int, left: float, width: float, low: float = 0.02, height: float = 0.88) -> Axes:
+        # Placed by hand: a layout engine measures every tick, which took longer than the drawing.
+        return figure.add_axes((left, (rows - 1 - row + low) / rows, width, height / rows))
+
+    for row, stage in enumerate(stages):
         assert inside is not None
-        face, leaves, selected = row.subplots(1, 3, width_ratios=[1, 1, 2])
-        _draw_face(face, inside)
+        leaves, selected = panel(row, 0.26, 0.24), panel(row, 0.51, 0.485)
+        _draw_face(panel(row, 0.005, 0.24), inside)
         _draw_maps(leaves, leaf_mosaic(stage.leaves[_spread(len(stage.leaves))]))
         leaves.set_title(f"{stage.name}: {min(SHOWN, len(stage.leaves))} of {len(stage.leaves)} leaves", fontsize=9)
         _draw_selected(selected, stage)
-    losses, errors = rows[-1].subplots(1, 2)
+    losses, errors = (panel(rows - 1, left, 0.42, 0.16, 0.78) for left in (0.06, 0.56))
     steps = [record["step"] for record in rounds]
     _draw_curve(losses, steps, [record["loss"] for record in rounds], "training loss, mean of the round")
     percent = [100 * record[f"NME[{normalizer}]"] for record in rounds]
@@ -125,7 +130,8 @@ def _draw_face(axes: Axes, inside: Inside) -> None:
     axes.plot(*inside.truth, "o", mfc="none", mec="white", ms=9, mew=1.5)
     axes.plot(*inside.point, "o", color="#ff5d8f", ms=5, mec="black", mew=0.5)
     side = inside.image.shape[0]
-    axes.set(xticks=[], yticks=[], xlim=(-0.5, side - 0.5), ylim=(side - 0.5, -0.5))
+    axes.set(xlim=(-0.5, side - 0.5), ylim=(side - 0.5, -0.5))
+    axes.axis("off")
     axes.set_title(f"landmark {inside.landmark}: found, true (ring)", fontsize=9)
 
 
