@@ -6,9 +6,27 @@ Points are (x, y) in the pixels of the image at hand, 0-based, pixel centres at 
 from .augment import Augment, Plain, horizontal_flip
 from .errors import DataError
 from .faces import Cached, CropPackage, Face, PtsFolder, SyntheticFaces, crop_box, open_dataset, rescale, resize, split
-from .layout import FLIP_68, LINES_68, REGIONS_68
+from .layout import FLIP_68, LINES_68, REGIONS_68, Layout, layout_of
 from .ldl import DistributionSet, read_distributions, read_distributions_folder, synthetic_distributions
 from .pts import read_image, read_pts, write_pts
+from .readers import (
+    read_aflw2000,
+    read_bioid,
+    read_coco,
+    read_cofw,
+    read_cofw68,
+    read_dlib,
+    read_ibug,
+    read_imm,
+    read_keypoints_csv,
+    read_lfpw35,
+    read_ljson,
+    read_muct,
+    read_records,
+    read_scut,
+    read_wflw,
+)
+from .records import Record, Records, open_record_image
 from .scored import ScoredFaces, face_score, read_scored_faces, synthetic_scored_faces
 from .synthetic import draw_face, mean_shape_68
 
@@ -22,21 +40,41 @@ __all__ = [
     "DataError",
     "DistributionSet",
     "Face",
+    "Layout",
     "Plain",
     "PtsFolder",
+    "Record",
+    "Records",
     "ScoredFaces",
     "SyntheticFaces",
     "crop_box",
     "draw_face",
     "face_score",
     "horizontal_flip",
+    "layout_of",
     "mean_shape_68",
     "open_dataset",
+    "open_record_image",
+    "read_aflw2000",
+    "read_bioid",
+    "read_coco",
+    "read_cofw",
+    "read_cofw68",
     "read_distributions",
     "read_distributions_folder",
+    "read_dlib",
+    "read_ibug",
     "read_image",
+    "read_imm",
+    "read_keypoints_csv",
+    "read_lfpw35",
+    "read_ljson",
+    "read_muct",
     "read_pts",
+    "read_records",
     "read_scored_faces",
+    "read_scut",
+    "read_wflw",
     "rescale",
     "resize",
     "split",

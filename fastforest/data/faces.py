@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -21,6 +21,9 @@ from torch.utils.data import Dataset, Subset
 from .errors import DataError
 from .pts import PathLike, open_image, read_pts, to_tensor
 from .synthetic import draw_face
+
+if TYPE_CHECKING:
+    from .recordfaces import RecordFaces
 
 __all__ = [
     "Cached",
@@ -151,24 +154,39 @@ class SyntheticFaces(Dataset[Face]):
 
 
 def open_dataset(
-    name_or_dir: PathLike, *, size: int = 256, count: int = 2000, seed: int = 0
-) -> CropPackage | PtsFolder | SyntheticFaces:
-    """The dataset of that name or in that folder.
+    name_or_dir: PathLike, *, size: int = 256, count: int = 2000, seed: int = 0, subset: str | None = None
+) -> CropPackage | PtsFolder | SyntheticFaces | RecordFaces:
+    """The dataset of that name, in that folder, or of that file of annotations.
 
     "synthetic" gives `SyntheticFaces(count, size, seed)`; a folder with landmarks.npz `CropPackage`, whose images
-    keep their own size; a folder with .pts files, at any depth, `PtsFolder(folder, size)`.
+    keep their own size; a file or folder that a reader knows (see `readers.read_records`) `RecordFaces(records, size)`;
+    another folder with .pts files, at any depth, `PtsFolder(folder, size)`.
+
+    subset: which part of 300-W, COFW or WFLW, as `readers.read_records`; None gives the training part of those.
 
     Raises:
-        DataError: neither "synthetic" nor a folder that holds faces.
+        DataError: none of these, or a subset of something that has none.
+        ValueError: an unknown subset.
     """
-    if name_or_dir == "synthetic":
+    if name_or_dir == "synthetic" and subset is None:
         return SyntheticFaces(count, size, seed)
-    folder = _folder(name_or_dir)
-    if (folder / "landmarks.npz").is_file():
-        return CropPackage(folder)
+    path = Path(name_or_dir)
+    if subset is None and (path / "landmarks.npz").is_file():
+        return CropPackage(path)
+    # the readers and the crops stand on this module
+    from .readers.recognise import FILES, LOOKED_FOR, find_reader
+
+    reader = find_reader(path, subset)
+    if reader is not None:
+        from .recordfaces import RecordFaces
+
+        return RecordFaces(reader(), size)
+    if path.is_file():
+        raise DataError(f"{path}: is not a folder, nor {FILES}")
+    folder = _folder(path)
     if next(folder.rglob("*.pts"), None) is not None:
         return PtsFolder(folder, size)
-    raise DataError(f"{folder}: holds neither landmarks.npz nor .pts files")
+    raise DataError(f"{folder}: holds neither landmarks.npz nor .pts files, and none of: {LOOKED_FOR}")
 
 
 def split(dataset: FaceDataset, every: int = 10) -> tuple[Subset[Face], Subset[Face]]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .errors import DataError
+from .matlab import load_mat
 from .pts import PathLike
 
 __all__ = ["DistributionSet", "read_distributions", "read_distributions_folder", "synthetic_distributions"]
@@ -40,7 +41,7 @@ def read_distributions(path: PathLike) -> DistributionSet:
             infinity, a negative label, or labels that hardly sum to anything; or scipy is not installed.
     """
     path = Path(path)
-    content = _loadmat(path)
+    content = load_mat(path)
     for name in ("features", "labels"):
         if name not in content:
             found = ", ".join(sorted(key for key in content if not key.startswith("__"))) or "nothing"
@@ -101,26 +102,6 @@ def synthetic_distributions(seed: int = 0, count: int = 1500, features: int = 20
     return DistributionSet(
         "synthetic", _tensor(x), _tensor(share[:, None] * a + (1 - share[:, None]) * b), renormalised=0
     )
-
-
-def _loadmat(path: Path) -> dict[str, Any]:
-    try:
-        from scipy.io import loadmat
-    except ImportError:
-        raise DataError(f"{path}: MATLAB files need scipy, install it: pip install scipy") from None
-    try:
-        with open(path, "rb") as file:
-            return loadmat(file)
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file") from None
-    except IsADirectoryError:
-        raise DataError(f"{path}: is a folder, not a MATLAB file") from None
-    except NotImplementedError:
-        raise DataError(f"{path}: is a MATLAB 7.3 file, save it with -v7") from None
-    except Exception as error:
-        # scipy raises many kinds on files that are cut or were never MATLAB's
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(f"{path}: not a MATLAB file that can be read: {reason}") from error
 
 
 def _matrix(path: Path, name: str, value: Any) -> np.ndarray:

@@ -12,10 +12,13 @@ from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
+from PIL import Image
 
 from .errors import DataError
+from .matlab import read_member
+from .pts import open_image
 
-__all__ = ["Box", "Record", "Records"]
+__all__ = ["Box", "Record", "Records", "open_record_image"]
 
 Box = tuple[float, float, float, float]
 """x, y, width, height, pixels; x and y of the corner, 0-based."""
@@ -41,18 +44,29 @@ class Record:
     attributes: Mapping[str, Any] = field(default_factory=dict)
 
 
+def open_record_image(record: Record) -> Image.Image:
+    """The picture that a record is of, decoded, a Pillow image of mode RGB.
+
+    Raises:
+        DataError: as `read_image` for a file of its own, `matlab.read_member` for a member of a file of many.
+    """
+    return open_image(record.image) if record.member is None else read_member(record.image, record.member)
+
+
 class Records(Sequence[Record]):
     """Records with equally many points, in arrays: 10,000 of 68 points take about 8 MB.
+
+    left_out: how many faces their reader left out because nothing of them is annotated.
 
     Raises:
         DataError: no record, or a number of points that differs from the first record's.
     """
 
-    def __init__(self, records: Iterable[Record]) -> None:
+    def __init__(self, records: Iterable[Record], left_out: int = 0) -> None:
         rows = list(records)
         if not rows:
             raise DataError("no record: there is nothing to read")
-        self.landmarks = len(rows[0].points)
+        self.landmarks, self.left_out = len(rows[0].points), left_out
         for row in rows:
             if len(row.points) != self.landmarks:
                 where = row.name or row.image
@@ -78,14 +92,14 @@ class Records(Sequence[Record]):
         if isinstance(index, slice):
             return Records(self[i] for i in range(*index.indices(len(self))))
         image, source, name, member, attributes = self._rest[index]
-        box = None if np.isnan(self.boxes[index]).any() else tuple(float(value) for value in self.boxes[index])
+        x, y, width, height = (float(value) for value in self.boxes[index])
         return Record(
             image,
             self.points[index].copy(),
             self.visible[index].copy(),
-            box,
+            None if np.isnan(self.boxes[index]).any() else (x, y, width, height),
             source,
             name,
             member,
-            attributes,  # type: ignore[arg-type]
+            attributes,
         )

@@ -1,0 +1,123 @@
+"""MATLAB files: arrays up to version 7.2 through scipy, images in cells of version 7.3 (HDF5) through h5py."""
+
+from __future__ import annotations
+
+import os
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+from PIL import Image
+
+from .errors import DataError
+from .pts import PathLike
+
+__all__ = ["image_cell", "is_hdf5", "load_mat", "open_hdf5", "read_member"]
+
+IMAGE_CELLS = ("IsTr", "IsT")
+"""Names of the cell array of images in COFW's files: training, test."""
+
+OPEN_FILES = 4  # COFW has two; more would be other copies of them
+
+
+def load_mat(path: PathLike, *, simplify: bool = False) -> dict[str, Any]:
+    """The variables of a MATLAB file (up to version 7.2). simplify: structs as dicts, arrays without their ones.
+
+    Raises:
+        DataError: file missing or unreadable, not MATLAB's, or of version 7.3; or scipy is not installed.
+    """
+    try:
+        from scipy.io import loadmat
+    except ImportError:
+        raise DataError(f"{path}: MATLAB files need scipy, install it: pip install scipy") from None
+    try:
+        with open(path, "rb") as file:
+            return loadmat(file, simplify_cells=simplify)
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise DataError(f"{path}: is a folder, not a MATLAB file") from None
+    except NotImplementedError:
+        raise DataError(f"{path}: is a MATLAB 7.3 file, save it with -v7") from None
+    except Exception as error:
+        # scipy raises many kinds on files that are cut or were never MATLAB's
+        raise DataError(f"{path}: not a MATLAB file that can be read: {_reason(error)}") from error
+
+
+def is_hdf5(path: PathLike) -> bool:
+    """Whether the file is HDF5, as MATLAB 7.3 writes after a block of 512 bytes of its own."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(520)
+    except OSError:
+        return False
+    return b"\x89HDF\r\n\x1a\n" in (head[:8], head[512:])
+
+
+def open_hdf5(path: PathLike) -> Any:
+    """The file, opened for reading with h5py. A process keeps the last few open; a forked one opens its own.
+
+    Raises:
+        DataError: file missing, or not HDF5.
+    """
+    if not Path(path).is_file():
+        raise DataError(f"{path}: {'is a folder, not a MATLAB file' if Path(path).is_dir() else 'no such file'}")
+    try:
+        status = os.stat(path)
+        return _opened(os.fspath(path), os.getpid(), status.st_mtime_ns, status.st_size)
+    except Exception as error:
+        # h5py raises OSError, RuntimeError, KeyError, ... on files that are cut
+        raise DataError(f"{path}: not a MATLAB 7.3 file that can be read: {_reason(error)}") from error
+
+
+def image_cell(path: PathLike) -> Any:
+    """The references to the images of a file, an object array [N].
+
+    Raises:
+        DataError: as `open_hdf5`, or no cell array of the names in `IMAGE_CELLS`.
+    """
+    file = open_hdf5(path)
+    try:
+        name = next((name for name in IMAGE_CELLS if name in file), None)
+        references = None if name is None else np.asarray(file[name][()])
+    except Exception as error:
+        raise DataError(f"{path}: its images cannot be listed: {_reason(error)}") from error
+    if references is None:
+        raise DataError(f"{path}: has no cell array of images named {' or '.join(IMAGE_CELLS)}")
+    if references.dtype.kind != "O" or references.size == 0:
+        raise DataError(f"{path}: {name} must be a cell array of images, got {references.dtype}")
+    return references.ravel()
+
+
+def read_member(path: PathLike, member: int) -> Image.Image:
+    """Image number `member`, from 0, of a COFW file: a Pillow image of mode RGB.
+
+    MATLAB stores columns first, so that h5py sees [W, H] where it wrote [H, W], and [3, W, H] for colour.
+
+    Raises:
+        DataError: as `image_cell`; no such image; an image that is neither grey nor colour, or cannot be read.
+    """
+    references = image_cell(path)
+    if not 0 <= member < len(references):
+        raise DataError(f"{path}: has no image {member}, it holds {len(references)}")
+    try:
+        pixels = np.asarray(open_hdf5(path)[references[member]][()])
+    except Exception as error:
+        raise DataError(f"{path}: image {member} cannot be read: {_reason(error)}") from error
+    grey, colour = pixels.ndim == 2, pixels.ndim == 3 and pixels.shape[0] == 3
+    if pixels.dtype != np.uint8 or 0 in pixels.shape or not (grey or colour):
+        raise DataError(
+            f"{path}: image {member} must be uint8 [W, H] or [3, W, H], got {pixels.dtype} {list(pixels.shape)}"
+        )
+    return Image.fromarray(np.ascontiguousarray(pixels.T)).convert("RGB")
+
+
+@lru_cache(maxsize=OPEN_FILES)
+def _opened(path: str, process: int, modified: int, size: int) -> Any:
+    return h5py.File(path, "r")
+
+
+def _reason(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
