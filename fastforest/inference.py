@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -68,12 +69,12 @@ def export(
 ) -> None:
     """Writes the way from images to points and spread as a file for `load_exported` or `torch.export.load`, atomically.
 
-    The file holds the weights and the graph, any number of images a call, and no Python of this library. A model with
-    one of its operators (split nodes are) still needs them where it runs: `import fastforest` before calling it. Without,
-    PyTorch says that an operator `fastforest::...` does not exist.
+    The file holds the weights and the graph, takes any number of images a call, and needs none of this library's Python.
+    A model with one of its operators (split nodes are) still needs that: `import fastforest` before `torch.export.load`.
+    Without, PyTorch fails to resolve `torch.ops.fastforest...` and says so.
 
     Args:
-        model: any of `fastforest.models`; set to evaluation mode.
+        model: any of `fastforest.models`, on the CPU; set to evaluation mode. `load_exported` moves it.
         path: to write; its suffix must be .pt2.
         size: S.
         mean_shape: [P, 2], pixels of an image; goes along.
@@ -87,9 +88,7 @@ def export(
         raise ValueError(f"export: path must end in .pt2, got {path}")
     if pixels not in PIXELS:
         raise ValueError(f"export: pixels must be one of {', '.join(PIXELS)}, got {pixels!r}")
-    device = next(model.parameters()).device
-    example = torch.zeros(2, 3, size, size, device=device)
-    example = example.byte() if pixels == "uint8" else example
+    example = torch.zeros(2, 3, size, size, dtype=torch.uint8 if pixels == "uint8" else torch.float32)
     with torch.no_grad():
         batch = ({0: torch.export.Dim("batch", min=1)},)
         program = torch.export.export(_Inference(model.eval(), pixels), (example,), dynamic_shapes=batch)
@@ -102,7 +101,10 @@ def export(
         "torch": torch.__version__,
     }
     extra = {METADATA: json.dumps(metadata)}
-    write_atomically(path, lambda temporary: torch.export.save(program, temporary, extra_files=extra))
+    with warnings.catch_warnings():
+        # of weights in channels_last order, which are written and read whole all the same
+        warnings.filterwarnings("ignore", "No complete tensor found")
+        write_atomically(path, lambda temporary: torch.export.save(program, temporary, extra_files=extra))
 
 
 def load_exported(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> Exported:
