@@ -171,10 +171,26 @@ def test_given_and_found_faces_share_a_batch(monkeypatch):
     assert found[0].points.mean(axis=0) == pytest.approx([200, 210], abs=0.5)
 
 
-def test_without_a_face(monkeypatch):
+def test_one_of_the_faces_found_is_the_face():
+    image, points = data.draw_face(3, 7, 160)
+    photo = np.full((300, 400, 3), 128, np.uint8)
+    photo[100:260, 180:340] = image
+    points = points + np.array([180, 100], np.float32)
+    low, high = points.min(axis=0), points.max(axis=0)
+    side = (high - low).max()
+    boxes = photos.find_faces(photo)
+    assert 1 <= len(boxes) <= photos.CANDIDATES
+    assert [box[2] for box in boxes] == sorted((box[2] for box in boxes), reverse=True)
+    shifts = [np.abs(np.array(box[:2]) + box[2] / 2 - (low + high) / 2).max() / side for box in boxes]
+    nearest = int(np.argmin(shifts))
+    assert shifts[nearest] < 0.15 and 0.75 < boxes[nearest][2] / side < 1.35
+
+
+@pytest.mark.parametrize("shape", [(10, 10), (25, 400), (26, 26), (300, 200)])
+def test_without_a_face(shape):
     align = Aligner(Centroid(), 64)
-    blank = np.full((60, 80, 3), 90, np.uint8)
-    assert align.all(blank) == []
+    blank = np.full((*shape, 3), 90, np.uint8)
+    assert photos.find_faces(blank) == [] == align.all(blank)
     with pytest.raises(NoFace, match="no face found, give its box"):
         align(blank)
 
