@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from .data import LINES_68, REGIONS_68
+from .data import LINES_68, layout_of
 from .metrics import auc, aurc, ced, failure_rate, risk_coverage
 
 __all__ = ["annotate", "ced_figure", "contact_sheet", "curves_figure", "regions_figure", "risk_coverage_figure"]
@@ -43,7 +43,8 @@ def annotate(
     min_side: int = 512,
     deviations: float = 2.0,
 ) -> Array:
-    """The image with landmarks: polylines by part for 68 points, dots alone for any other number.
+    """The image with landmarks: polylines by part for 68 points, dots alone for any other number, in the parts' colours
+    where `data.layout_of` knows them.
 
     Args:
         image: uint8 [H, W, 3]; a smaller one than `min_side` is enlarged to it, so that lines stay thin on it.
@@ -265,18 +266,18 @@ def _rgb(figure: Figure) -> Array:
 
 def _draw_faces(axes: Axes, faces: Sequence[Array], unit: float) -> None:
     """Coloured polylines over a dark halo, and a dot a landmark."""
-    for part, colour, lines, dots in _parts(faces):
+    for colour, lines, dots in _parts(faces):
         halo = LineCollection(lines, colors="black", alpha=0.45, linewidths=2.6 * unit, zorder=4, capstyle="round")
         stroke = LineCollection(lines, colors=colour, linewidths=1.3 * unit, zorder=5, capstyle="round")
         axes.add_collection(halo)
         axes.add_collection(stroke)
-        _draw_dots(axes, dots, (2.6 if part else 4.0) * unit, colour, 0.35 * unit, 6)
+        _draw_dots(axes, dots, (2.6 if lines else 4.0) * unit, colour, 0.35 * unit, 6)
 
 
 def _draw_truth(axes: Axes, faces: Sequence[Array], unit: float) -> None:
-    for part, _, lines, dots in _parts(faces):
+    for _, lines, dots in _parts(faces):
         axes.add_collection(LineCollection(lines, colors=TRUTH, alpha=0.9, linewidths=0.9 * unit, zorder=3))
-        if not part:
+        if not lines:
             _draw_dots(axes, dots, 3.0 * unit, TRUTH, 0.3 * unit, 3)
 
 
@@ -288,15 +289,17 @@ def _draw_dots(axes: Axes, dots: Array, points: float, colour: str, edge: float,
     axes.add_collection(discs)
 
 
-def _parts(faces: Sequence[Array]) -> list[tuple[str, str, list[Array], Array]]:
-    """(part, colour, polylines, dots) of all faces together; part "" where the layout is not known."""
+def _parts(faces: Sequence[Array]) -> list[tuple[str, list[Array], Array]]:
+    """(colour, polylines, dots) of each part of all faces together; one part where the layout is not known."""
     stacked = np.stack(faces)
-    if stacked.shape[1] != 68:
-        return [("", PALETTE["eyes"], [], stacked.reshape(-1, 2))]
+    layout = layout_of(stacked.shape[1])
+    if layout is None:
+        return [(PALETTE["eyes"], [], stacked.reshape(-1, 2))]
     parts = []
-    for part, indices in REGIONS_68.items():
-        lines = [face[list(line)] for face in faces for line in LINES_68 if line[0] in indices]
-        parts.append((part, PALETTE[part], lines, stacked[:, indices.start : indices.stop].reshape(-1, 2)))
+    for part, indices in layout.regions.items():
+        drawn = LINES_68 if stacked.shape[1] == 68 else ()
+        lines = [face[list(line)] for face in faces for line in drawn if line[0] in indices]
+        parts.append((PALETTE[part], lines, stacked[:, list(indices)].reshape(-1, 2)))
     return parts
 
 
