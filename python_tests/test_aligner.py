@@ -21,9 +21,15 @@ ROOT = Path(fastforest.__file__).parents[1]
 SIZE = 64
 MEAN_SHAPE = torch.tensor(data.mean_shape_68() * (SIZE / 1.5) + (SIZE - 1) / 2)
 SMALL = {
-    "forest": {"width": 4, "code": 8, "leaves": 16, "canvas": 8},
-    "forest of trees": {"width": 4, "code": 8, "leaves": 16, "canvas": 8, "selection": "forest", "depth": 4},
-    "dense": {"width": 4, "code": 8},
+    "forest": {"backbone_options": {"width": 4, "code": 8}, "leaves": 16, "canvas": 8},
+    "forest of trees": {
+        "backbone_options": {"width": 4, "code": 8},
+        "leaves": 16,
+        "canvas": 8,
+        "selection": "forest",
+        "depth": 4,
+    },
+    "dense": {"backbone_options": {"width": 4, "code": 8}},
 }
 KINDS = [*SMALL, *sorted(set(models.MODELS) - set(SMALL))]
 

@@ -40,14 +40,17 @@ def one_thread():
 def small_models():
     """The command line builds models of their default widths: here a sixteenth of that."""
     own = models.build
-    shrunk = {"forest": {"width": 4, "code": 8, "leaves": 16, "canvas": 8}, "dense": {"width": 4, "code": 8}}
+    shrunk = {
+        "forest": {"backbone_options": {"width": 4, "code": 8}, "leaves": 16, "canvas": 8},
+        "dense": {"backbone_options": {"width": 4, "code": 8}},
+    }
 
-    def build(name, config):
+    def build(name, config, points=None):
         small = {}
         for key, value in shrunk.get(name, {}).items():
             default = inspect.signature(models.MODELS[name]).parameters[key].default
             small |= {key: value} if config.get(key, default) == default else {}
-        return own(name, config | small)
+        return own(name, config | small, points)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(models, "build", build)

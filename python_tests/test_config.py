@@ -18,10 +18,10 @@ def test_defaults_are_those_of_what_is_configured():
 
 
 def test_options_build_the_model():
-    chosen = resolve(parse_set("model.name=dense"), parse_set("model.width=4"), parse_set("model.code=8"))
+    chosen = resolve(parse_set("model.name=dense"), parse_set("model.backbone_options={width = 4, code = 8}"))
     given = {"landmarks": 3, "mean_shape": [[8.0, 8.0]] * 3, "image_size": 32}
     model = models.build(chosen.model.name, chosen.model.options | given)
-    assert model.config()["width"] == 4 and model.name == "dense"
+    assert model.config()["backbone_options"]["width"] == 4 and model.name == "dense"
 
 
 @pytest.mark.parametrize("name", list(models.MODELS))

@@ -390,7 +390,12 @@ def test_models_built_on_it(name: str) -> None:
     """The protocol of `fastforest.models`: config round trip, hidden NaN points, autocast, statistics."""
     torch.manual_seed(0)
     shape = 8 + 16 * torch.rand(5, 2)
-    config = {"landmarks": 5, "mean_shape": shape.tolist(), "image_size": 32, "width": 4, "code": 8}
+    config = {
+        "landmarks": 5,
+        "mean_shape": shape.tolist(),
+        "image_size": 32,
+        "backbone_options": {"width": 4, "code": 8},
+    }
     model = models.build(name, config)
     images, points, weight = torch.rand(2, 3, 32, 32), shape + torch.randn(2, 5, 2), torch.ones(2, 5)
     weight[1, 3] = 0
@@ -419,7 +424,7 @@ def test_models_built_on_it(name: str) -> None:
 def test_dense_loss_is_the_divergence_from_rendered_targets() -> None:
     torch.manual_seed(0)
     shape = 8 + 16 * torch.rand(4, 2)
-    model = models.DenseHeatmap(4, shape, 32, width=4, code=8, upsample=2, sigma=1.0).eval()
+    model = models.DenseHeatmap(4, shape, 32, backbone_options={"width": 4, "code": 8}, upsample=2, sigma=1.0).eval()
     images, points = torch.rand(2, 3, 32, 32), shape + torch.randn(2, 4, 2)
     maps = model.heatmap(images).double()
     pixels = (torch.arange(16) + 0.5) * 2 - 0.5

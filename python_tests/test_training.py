@@ -18,8 +18,8 @@ from fastforest.training.checkpoint import CheckpointError, write_atomically
 
 SIZE = 32
 TINY = {
-    "forest": {"canvas": 8, "leaves": 16, "rank": 8, "width": 4, "code": 8},
-    "dense": {"width": 4, "code": 8},
+    "forest": {"canvas": 8, "leaves": 16, "rank": 8, "backbone_options": {"width": 4, "code": 8}},
+    "dense": {"backbone_options": {"width": 4, "code": 8}},
 }
 
 
