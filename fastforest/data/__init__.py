@@ -28,6 +28,7 @@ from .readers import (
 )
 from .records import Record, Records, open_record_image
 from .scored import ScoredFaces, face_score, read_scored_faces, synthetic_scored_faces
+from .shapes import ShapePCA, Similarity, generalized_procrustes, procrustes
 from .synthetic import draw_face, mean_shape_68
 
 __all__ = [
@@ -46,15 +47,19 @@ __all__ = [
     "Record",
     "Records",
     "ScoredFaces",
+    "ShapePCA",
+    "Similarity",
     "SyntheticFaces",
     "crop_box",
     "draw_face",
     "face_score",
+    "generalized_procrustes",
     "horizontal_flip",
     "layout_of",
     "mean_shape_68",
     "open_dataset",
     "open_record_image",
+    "procrustes",
     "read_aflw2000",
     "read_bioid",
     "read_coco",
