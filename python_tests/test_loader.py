@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import multiprocessing
 import os
 import pickle
@@ -17,7 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastforest import training
+from fastforest import models, training
 from fastforest.data import (
     Cached,
     DataError,
@@ -344,9 +345,19 @@ def test_reading_refuses_faces_without_a_known_landmark() -> None:
         training.read(nothing, "nothing")
 
 
-@pytest.mark.parametrize(
-    "make", [lambda f: Cached(f, 24), lambda f: FaceLoader(f, 24, workers=1)], ids=["cached", "loader"]
-)
-def test_sets_suit_training(make: Callable[[Any], training.loop.Batches]) -> None:
-    faces = make(SyntheticFaces(4, 32))
-    assert training.mean_shape(faces).shape == (68, 2) and faces.size == 24 and len(faces) == 4
+def test_a_run_is_the_same_with_workers_and_with_unknown_landmarks() -> None:
+    faces, held_out = Given([masked(index, 3 * index) for index in range(8)]), Cached(SyntheticFaces(3, 32, 1), 32)
+    config = training.TrainConfig(rounds=2, steps=2, batch=3, leaf_faces=0)
+    histories = []
+    for train in (Cached(faces, 32), FaceLoader(faces, 32, workers=1)):
+        torch.manual_seed(0)
+        model = models.build(
+            "coordinates",
+            {"landmarks": 68, "mean_shape": training.mean_shape(train).tolist(), "image_size": 32},
+        )
+        history = training.fit(model, train, held_out, config)
+        histories.append(
+            [{key: value for key, value in record.items() if key != "seconds"} for record in history.rounds]
+        )
+    assert histories[0] == histories[1] and len(histories[0]) == 2
+    assert all(math.isfinite(record["loss"]) for record in histories[0])

@@ -1,6 +1,7 @@
 """Faces with landmarks: files, datasets, drawn faces, augmentation. Faces with scores, label distributions.
 
-Points are (x, y) in the pixels of the image at hand, 0-based, pixel centres at integers.
+Points are (x, y) in the pixels of the image at hand, 0-based, pixel centres at integers. A landmark that is unknown is NaN
+in both coordinates.
 """
 
 from .augment import Augment, Plain, horizontal_flip

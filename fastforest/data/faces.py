@@ -205,16 +205,19 @@ def split(dataset: FaceDataset, every: int = 10) -> tuple[Subset[Face], Subset[F
 
 
 def resize(images: Tensor, size: int) -> Tensor:
-    """Square uint8 images [..., 3, S, S] at side `size`: bilinear, antialiased, pixel areas (not centres) aligned."""
+    """Square uint8 images [..., 3, S, S] at side `size`: bilinear, antialiased, pixel areas (not centres) aligned.
+
+    Equal on one kind of device; a byte may round to its neighbour on another.
+    """
     if images.shape[-1] == size:
         return images
     batch = images.reshape(-1, *images.shape[-3:])
-    if batch.device.type != "cpu":  # bytes are resized with antialiasing on the CPU only
-        batch = batch.float()
-    resized = functional.interpolate(batch, (size, size), mode="bilinear", antialias=True, align_corners=False)
-    if resized.is_floating_point():
-        resized = resized.round().clamp(0, 255).to(torch.uint8)
-    return resized.reshape(*images.shape[:-2], size, size)
+    on_cpu = batch.device.type == "cpu"  # the one device that resizes bytes with antialiasing
+    pixels = batch if on_cpu else batch.float()
+    result = functional.interpolate(pixels, (size, size), mode="bilinear", antialias=True, align_corners=False)
+    if not on_cpu:
+        result = result.round().clamp(0, 255).to(batch.dtype)
+    return result.reshape(*images.shape[:-2], size, size)
 
 
 def rescale(points: Tensor, old: int, new: int) -> Tensor:

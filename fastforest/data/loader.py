@@ -16,7 +16,7 @@ from .faces import FaceDataset, checked_index, checked_size, resized
 
 __all__ = ["FaceLoader"]
 
-Images = tuple[Tensor, Tensor]
+Batch = tuple[Tensor, Tensor]
 
 
 class FaceLoader:
@@ -44,7 +44,7 @@ class FaceLoader:
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def batch(self, indices: Sequence[int] | Tensor) -> Images:
+    def batch(self, indices: Sequence[int] | Tensor) -> Batch:
         """Faces by index, read in this process: images uint8 [B, 3, T, T] and points float32 [B, P, 2].
 
         Raises:
@@ -62,10 +62,10 @@ class FaceLoader:
                 raise DataError(f"{face.name}: {expected}, got {len(face.points)}")
         return torch.stack([face.image for face in faces]), torch.stack([face.points for face in faces])
 
-    def batches(self, orders: Iterable[Sequence[int] | Tensor]) -> Iterator[Images]:
+    def batches(self, orders: Iterable[Sequence[int] | Tensor]) -> Iterator[Batch]:
         """`batch` of each order, in their order and with the same values, whatever the number of workers.
 
-        The workers run ahead in `orders` by two batches each. What a worker raises is raised here, in its batch's turn.
+        The workers run ahead in `orders` by two batches each. What `batch` raises in a worker is raised here, in turn.
         The caller's random number generators are not used.
         """
         pin = self.pin and torch.cuda.is_available()
@@ -84,14 +84,14 @@ class FaceLoader:
             yield outcome
 
 
-class _Outcomes(Dataset[Images | Exception]):
+class _Outcomes(Dataset[Batch | Exception]):
     """Batches by order. An error is a value, because the loader would wrap its sentence in a traceback."""
 
     def __init__(self, faces: FaceLoader) -> None:
         self.faces = faces
 
-    def __getitem__(self, order: Sequence[int] | Tensor) -> Images | Exception:
+    def __getitem__(self, order: Sequence[int] | Tensor) -> Batch | Exception:
         try:
             return self.faces.batch(order)
-        except (DataError, ValueError, IndexError) as error:
+        except (ValueError, IndexError) as error:
             return error
