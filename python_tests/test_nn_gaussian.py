@@ -206,6 +206,15 @@ def test_replay_keeps_the_last_rows() -> None:
     torch.testing.assert_close(ring.mean, plain.mean, rtol=1e-5, atol=1e-4)
 
 
+def test_replay_in_a_compiled_step() -> None:
+    compiled, features, labels = started(replay=100, update_every=2, iterations=1)
+    plain = copy.deepcopy(compiled)
+    step = torch.compile(lambda x, y: compiled.loss(x, y), backend="aot_eager")
+    for rows in (slice(0, 50), slice(50, 100), slice(100, 150), slice(150, 200)):
+        torch.testing.assert_close(step(features[rows], labels[rows]), plain.loss(features[rows], labels[rows]))
+    torch.testing.assert_close(compiled.mean, plain.mean)
+
+
 def test_update_refuses_to_guess() -> None:
     head, features, labels = started()
     with pytest.raises(RuntimeError, match="nothing was accumulated"):

@@ -141,7 +141,9 @@ class LeafForest(PreciseBuffers):
         labels, weight = self._checked(features, labels, weight)
         self._check_weight(weight)
         if self._replay is not None and self.training:
-            self._observe(features, labels, weight)
+            # as a decorator, disable would import the compiler with the library: 70 MB and some seconds
+            observe = torch.compiler.disable(self._observe) if torch.compiler.is_compiling() else self._observe
+            observe(features, labels, weight)
         log_prob = self.routing.log_prob(features)
         with torch.autocast(features.device.type, enabled=False):
             return self._rows(log_prob, labels, weight).sum(), weight.sum()
@@ -231,7 +233,6 @@ class LeafForest(PreciseBuffers):
     def _replay_steps(self) -> int:
         return self.iterations
 
-    @torch.compiler.disable
     def _observe(self, features: Tensor, labels: Tensor, weight: Tensor) -> None:
         assert self._replay is not None
         self._replay.add((features, labels, weight))
