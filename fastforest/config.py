@@ -121,6 +121,12 @@ def resolve(*layers: Mapping[str, Any]) -> Config:
     checked: Tables = {section: {} for section in known}
     checked |= {section: _checked(section, values, known) for section, values in given.items()}
     data, train = checked["data"], checked["train"]
+    able = "pretrain" in known["model"] and checked["model"].get("pretrain", True)
+    if train.get("pretrain") and not able:
+        got = f"got {train['pretrain']:g}"
+        raise ConfigError(f"train.pretrain must be 0 for model '{name}' without pretrain, {got}")
+    if train.get("pretrain"):
+        checked["model"]["pretrain"] = True
     drawn = data.get("path", DataConfig.path) == "synthetic"
     data["size"] = DEFAULT_SIZE[drawn] if data.get("size") is None else data["size"]
     if train.get("rounds") is None and train.get("minutes") is None:
@@ -278,6 +284,8 @@ def _converted(value: Any, hint: Any) -> Any:
     if isinstance(origin, type) and issubclass(origin, Sequence):
         _require(value, list | tuple)
         return [_converted(item, arguments[0]) for item in value]
+    if origin is None and isinstance(hint, type) and hint not in (Any, object, dict, list):
+        raise TypeError  # such as a module, for which no word stands
     return value
 
 
@@ -295,6 +303,9 @@ def _require(value: Any, kind: Any) -> None:
         raise TypeError
 
 
+OTHER = "a value"
+
+
 def _described(hint: Any) -> str:
     """The type in words."""
     words = {bool: "true or false", int: "a whole number", float: "a number", str: "a string", type(None): '"none"'}
@@ -302,14 +313,14 @@ def _described(hint: Any) -> str:
     if hint in words:
         return words[hint]
     if origin in (Union, types.UnionType):
-        return " or ".join(_described(argument) for argument in arguments)
+        return " or ".join(word for word in map(_described, arguments) if word != OTHER)
     if origin is tuple and arguments[1:] != (...,):
         return f"a list of {len(arguments)}: {', '.join(_described(argument) for argument in arguments)}"
     if isinstance(origin, type) and issubclass(origin, Mapping):
         return "a table"
     if isinstance(origin, type) and issubclass(origin, Sequence):
         return f"a list, each {_described(arguments[0])}"
-    return "a value"
+    return OTHER
 
 
 def _plain(value: Any) -> Any:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastforest import data, models, training
+from fastforest import config, data, models, training
 from fastforest.cli import main
 from fastforest.training import photos
 
@@ -40,14 +40,15 @@ def one_thread():
 def small_models():
     """The command line builds models of their default widths: here a sixteenth of that."""
     own = models.build
-    shrunk = {"forest": {"width": 4, "code": 8, "leaves": 16, "canvas": 8}, "dense": {"width": 4, "code": 8}}
+    backbone = {"backbone_options": {"width": 4, "code": 8}}
+    shrunk = {"forest": backbone | {"leaves": 16, "canvas": 8}, "dense": backbone}
 
-    def build(name, config):
+    def build(name, config, points=None):
         small = {}
         for key, value in shrunk.get(name, {}).items():
             default = inspect.signature(models.MODELS[name]).parameters[key].default
             small |= {key: value} if config.get(key, default) == default else {}
-        return own(name, config | small)
+        return own(name, config | small, points)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(models, "build", build)
@@ -139,6 +140,58 @@ def test_resume_goes_on_with_the_settings_of_the_checkpoint(tmp_path, capsys):
     more = ["--data", "synthetic", "--faces", "30"]
     assert main(["train", *more, "--out", str(tmp_path / "run"), "--resume"]) == 2
     assert capsys.readouterr().err == f"fastforest: {path}: was written with training faces = 18, got 27\n"
+
+
+def test_configuration_from_a_file_words_and_options_is_kept_and_used(tmp_path, capsys):
+    out, path = tmp_path / "run", tmp_path / "run.toml"
+    path.write_text('[data]\npath = "synthetic"\nfaces = 20\nsize = 32\n[train]\nsteps = 2\nbatch = 8\nrounds = 9\n')
+    arguments = ["train", "--config", str(path), "--set", "train.batch=6", "--set", "augment.blur=0", "--rounds", "1"]
+    assert main([*arguments, "--print-config"]) == 0
+    printed = capsys.readouterr().out
+    assert main([*arguments, "--out", str(out)]) == 0
+    assert "18 faces of 32 x 32 pixels" in capsys.readouterr().out
+    saved = training.load(out / "checkpoint.pt")
+    chosen = config.resolve(saved.settings)
+    assert chosen.toml() == printed and (tmp_path / "run.toml").exists()
+    assert (chosen.train.batch, chosen.train.steps, chosen.train.rounds, chosen.augment["blur"]) == (6, 2, 1, 0.0)
+    # a resumed run needs nothing but its folder, and may be given what is so already
+    assert main(["train", "--out", str(out), "--resume", "--rounds", "2", "--set", "train.batch=6"]) == 0
+    assert training.load(out / "checkpoint.pt").round == 2
+    for word, was in (
+        ("train.rate=0.5", "train.rate = 0.002, got 0.5"),
+        ("model.canvas=9", "model.canvas = 32, got 9"),
+    ):
+        error = complaint(capsys, "train", "--out", out, "--resume", "--set", word)
+        assert error == f"fastforest: {out / 'checkpoint.pt'}: was written with {was}"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--set", "train.bacth=3"], "train.bacth is no key: the nearest is train.batch, a whole number"),
+        (["--set", "train.batch=many"], "train.batch must be a whole number, got 'many'"),
+        (["--set", "batch=3"], "--set must be section.key=value, got 'batch=3': the nearest is train.batch"),
+        (
+            ["--set", "train.normalizer=inter_pupil", "--set", "train.batch=0"],
+            "train.batch must be an integer of at least 1",
+        ),
+        (["--config", "none.toml"], "none.toml: No such file or directory"),
+        ([], "--data is needed: synthetic, or a folder (or data.path in --config)"),
+    ],
+)
+def test_configuration_that_is_refused(arguments, sentence, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    given = [] if not arguments else ["--data", "synthetic"]
+    assert complaint(capsys, "train", *given, *arguments).startswith(f"fastforest: {sentence}")
+    assert files(tmp_path) == []
+
+
+def test_groups_are_made_from_the_landmarks(tmp_path, capsys):
+    small = ["groups=3", "trees=1", "depth=2", "units=8", "canvas=8", "backbone_options={width = 4, code = 8}"]
+    words = [part for word in small for part in ("--set", f"model.{word}")]
+    assert main(["train", *TINY, "--out", str(tmp_path), "--model", "heatmap_forest", *words]) == 0
+    assert len(set(training.load(tmp_path / "checkpoint.pt").config["groups"])) == 3
+    assert main(["train", "--out", str(tmp_path), "--resume", "--rounds", "2"]) == 0
 
 
 def test_train_keeps_an_earlier_run_unless_told(run, capsys):

@@ -18,8 +18,8 @@ from fastforest.training.checkpoint import CheckpointError, write_atomically
 
 SIZE = 32
 TINY = {
-    "forest": {"canvas": 8, "leaves": 16, "rank": 8, "width": 4, "code": 8},
-    "dense": {"width": 4, "code": 8},
+    "forest": {"canvas": 8, "leaves": 16, "rank": 8, "backbone_options": {"width": 4, "code": 8}},
+    "dense": {"backbone_options": {"width": 4, "code": 8}},
 }
 
 
@@ -337,8 +337,12 @@ def test_first_share_of_a_run_may_train_the_backbone_alone(faces):
     history = training.fit(model, *faces, settings(rounds=3, pretrain=0.5), None)
     assert calls == ["pretrain"] * 5 + ["loss"] * 4
     assert [record["dead_leaves"] is None for record in history.rounds] == [True, False, False]
-    with pytest.raises(TrainingError, match=r"train.pretrain must be 0 for the model 'dense', .* got 0.5"):
+    with pytest.raises(ValueError, match="pretrain_loss needs a model made with pretrain=True"):
         training.fit(tiny("dense", faces), *faces, settings(pretrain=0.5), None)
+    other = torch.nn.Linear(1, 1)
+    other.name = "line"
+    with pytest.raises(TrainingError, match=r"train.pretrain must be 0 for the model 'line', .* got 0.5"):
+        training.fit(other, *faces, settings(pretrain=0.5), None)
 
 
 def test_leaves_are_updated_as_often_as_asked(faces):
@@ -514,21 +518,35 @@ def test_checkpoint_is_plain_data_and_rebuilds_the_model(run, faces):
     assert not model.training and model.config() == content["config"]
 
 
-def test_checkpoint_of_version_1_is_read_and_goes_on(faces, tmp_path):
-    config = settings(rounds=2, amp=True)
-    whole, parts = tiny("dense", faces), tiny("dense", faces)
+@pytest.mark.parametrize("name", ["forest", "dense"])
+def test_checkpoint_of_version_1_is_read_and_goes_on(name, faces, tmp_path):
+    config, path = settings(rounds=2, amp=True, ema=0.5), tmp_path / "checkpoint.pt"
+    whole, parts = tiny(name, faces), tiny(name, faces)
     training.fit(whole, *faces, config, None)
     with pytest.raises(Interruption):
         training.fit(parts, *faces, config, tmp_path, on_round=stop_after(1))
-    content = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-    for name in ("scaler", "batch", "settings"):
-        del content[name]
-    content["train"] = {name: content["train"][name] for name in VERSION_1_TRAIN} | {"amp": True}
-    torch.save(content | {"version": 1}, tmp_path / "checkpoint.pt")
-    old = training.load(tmp_path / "checkpoint.pt")
+    content = torch.load(path, weights_only=True)
+    torch.save(as_version_1(content), path)
+    old = training.load(path)
     assert (old.batch, old.scaler, old.settings) == (4, {}, {})
-    training.fit(parts, *faces, config, tmp_path, resume=True)
-    same_state(whole.state_dict(), parts.state_dict())
+    same_state(old.build(path).state_dict(), content["weights"] | content["ema"])
+    other = old.build(path)
+    training.fit(other, *faces, config, tmp_path, resume=True)
+    same_state(whole.state_dict(), other.state_dict())
+
+
+def as_version_1(content):
+    """What version 1 would have written."""
+    old = {key: value for key, value in content.items() if key not in ("scaler", "batch", "settings")}
+    later = ("backbone", "backbone_options", "pretrain", "decode")
+    old["config"] = {key: value for key, value in content["config"].items() if key not in later}
+    old["config"] |= content["config"]["backbone_options"] | {"blocks": [1, 1, 1, 1]}
+    old["train"] = {name: content["train"][name] for name in VERSION_1_TRAIN} | {"amp": True}
+    if content["model"] == "dense":
+        for part in ("weights", "ema"):
+            names = {key: key.replace("heads.0.", "head.").replace("maps.0.", "maps.") for key in content[part]}
+            old[part] = {names[key]: tensor for key, tensor in content[part].items()}
+    return old | {"version": 1}
 
 
 VERSION_1_TRAIN = (

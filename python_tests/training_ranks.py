@@ -40,7 +40,7 @@ def work(run: str) -> dict[str, Any]:
     train, held_out = (Cached(SyntheticFaces(count, SIZE, seed), SIZE).load() for count, seed in ((13, 1), (5, 2)))
     torch.manual_seed(0)
     given = {"landmarks": 68, "mean_shape": training.mean_shape(train).tolist(), "image_size": SIZE}
-    small = {"canvas": 8, "leaves": 16, "rank": 8, "width": 8, "code": 8}
+    small = {"canvas": 8, "leaves": 16, "rank": 8, "backbone_options": {"width": 8, "code": 8}}
     model: Any = models.build("forest", given | small)
     if run != "batch_norm":
         to_groups(model)

@@ -10,7 +10,8 @@ import torch
 
 from .. import config, data, metrics, models, training
 from ..training import checkpoint, ranks, report
-from .common import BadInput, add_machine, build_model, check_writable, device, open_faces, real, whole
+from ..training.settings import FREE
+from .common import BadInput, add_machine, check_writable, device, open_faces, real, whole
 
 __all__ = ["add_arguments", "train"]
 
@@ -29,6 +30,8 @@ FLAGS = {
     "seed": "train.seed",
 }
 """Options that stand for keys of the configuration. `--rounds` and `--minutes` do too, each instead of the other."""
+
+GROUPED_FACES = 1024
 
 
 def train(options: argparse.Namespace) -> None:
@@ -70,7 +73,7 @@ def _train(
     else:
         shape = training.mean_shape(train_faces)
         given = {"landmarks": landmarks, "mean_shape": shape.tolist(), "image_size": size}
-        model = build_model(chosen.model.name, chosen.model.options | given)
+        model = _built(chosen.model, given, train_faces)
     model.to(here)
     speaks = ranks.rank() == 0
     if speaks:
@@ -94,6 +97,17 @@ def _train(
         normalizer = chosen.train.normalizer or training.default_normalizer(landmarks)
         print(metrics.evaluate(pred, truth, normalizer, chosen.train.threshold))
         print(f"checkpoint {history.checkpoint}\npicture    {history.picture}")
+
+
+def _built(chosen: config.ModelConfig, given: dict[str, Any], faces: Any) -> Any:
+    """A number of groups becomes groups of landmarks by the first faces of the training set."""
+    groups, points = chosen.options.get("groups"), None
+    if isinstance(groups, int) and groups > 1:
+        points = faces.batch(range(min(GROUPED_FACES, len(faces))))[1]
+    try:
+        return models.build(chosen.name, chosen.options | given, points)
+    except ValueError as error:
+        raise BadInput(f"model '{chosen.name}': {error}") from None
 
 
 def _chosen(options: argparse.Namespace, saved: checkpoint.Checkpoint | None) -> config.Config:
@@ -131,9 +145,15 @@ def _settings(saved: checkpoint.Checkpoint) -> dict[str, Any]:
 
 
 def _check_unchanged(path: Path, before: config.Config, now: config.Config) -> None:
-    """Of the sections that `fit` does not see; of the data it sees how many faces there are."""
+    """Of the data, `fit` sees how many faces there are."""
     then, given = before.as_dict(), now.as_dict()
-    for section, keys in (("model", given["model"]), ("augment", given["augment"]), ("data", ["size"])):
+    fixed = [key for key in given["train"] if key not in FREE]
+    for section, keys in (
+        ("data", ["size"]),
+        ("model", given["model"]),
+        ("augment", given["augment"]),
+        ("train", fixed),
+    ):
         for key in keys:
             was, got = then[section].get(key), given[section][key]
             if was != got:

@@ -53,7 +53,8 @@ def fit(
 ) -> History:
     """Trains in rounds; evaluates on the held-out faces after each.
 
-    First, once, a model that has `start(images, points)` sees a bounded sample of plain training faces. A round:
+    First, once, a model that has `start(images, points)` sees a bounded sample of plain training faces, with the mean
+    shape in place of unknown landmarks. A round:
     network steps (AdamW on `model.loss` of augmented batches), then, for a model with leaves, statistics over at most
     `leaf_faces` training faces (`model.accumulate`) and the closed-form `model.update()`. A landmark that is NaN has
     weight 0.
@@ -152,10 +153,12 @@ class Run:
             return
         faces = min(self.config.leaf_faces or START_FACES, len(self.train))
         images, points = self.train.batch(self.feed.order(faces))
-        sample = part(*Plain(self.train.size)(images.to(self.device), points.to(self.device)))
+        images, points, weight, _ = part(*Plain(self.train.size)(images.to(self.device), points.to(self.device)))
+        if weight is not None:  # an unknown landmark is where it is in the mean
+            points = torch.where((weight > 0)[..., None], points, self.shape.to(points))
         self.model.eval()
         with torch.no_grad():
-            self.model.start(sample.images, sample.points)
+            self.model.start(images, points)
 
     def go(self, on_round: Callable[[dict[str, Any]], None] | None) -> History:
         with contextlib.ExitStack() as stack:
