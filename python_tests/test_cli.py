@@ -157,6 +157,7 @@ def test_configuration_from_a_file_words_and_options_is_kept_and_used(tmp_path, 
     # a resumed run needs nothing but its folder, and may be given what is so already
     assert main(["train", "--out", str(out), "--resume", "--rounds", "2", "--set", "train.batch=6"]) == 0
     assert training.load(out / "checkpoint.pt").round == 2
+    capsys.readouterr()
     for word, was in (
         ("train.rate=0.5", "train.rate = 0.002, got 0.5"),
         ("model.canvas=9", "model.canvas = 32, got 9"),
