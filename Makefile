@@ -15,7 +15,7 @@ endif
 # The version that the CPU is tested with; TORCH="..." names another, or an index that has a build without CUDA libraries.
 TORCH ?= torch==2.13.0
 TOOLS := setuptools>=77 wheel cmake>=3.24 ninja pybind11>=2.12 numpy scikit-image matplotlib pytest pytest-benchmark scipy scikit-learn pyarrow \
-  tqdm tensorboard tomli kornia==0.9.0 dsntnn==0.5.3
+  h5py defusedxml tqdm tensorboard tomli kornia==0.9.0 dsntnn==0.5.3
 
 CHECKERS := ruff==0.17.6 mypy==2.4.1 clang-format==23.1.5
 

@@ -19,10 +19,18 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from .data import LINES_68, REGIONS_68
-from .metrics import auc, ced, failure_rate
+from .data import LINES_68, layout_of
+from .metrics import auc, aurc, ced, failure_rate, risk_coverage
 
-__all__ = ["annotate", "ced_figure", "contact_sheet", "curves_figure", "rows_figure"]
+__all__ = [
+    "annotate",
+    "ced_figure",
+    "contact_sheet",
+    "curves_figure",
+    "regions_figure",
+    "risk_coverage_figure",
+    "rows_figure",
+]
 
 Array = np.ndarray
 Points = np.ndarray | Tensor
@@ -43,7 +51,8 @@ def annotate(
     min_side: int = 512,
     deviations: float = 2.0,
 ) -> Array:
-    """The image with landmarks: polylines by part for 68 points, dots alone for any other number.
+    """The image with landmarks: polylines by part for 68 points, dots alone for any other number, in the parts' colours
+    where `data.layout_of` knows them.
 
     Args:
         image: uint8 [H, W, 3]; a smaller one than `min_side` is enlarged to it, so that lines stay thin on it.
@@ -159,7 +168,7 @@ def curves_figure(histories: Mapping[str, Sequence[Mapping[str, float]]], normal
 def ced_figure(
     errors: Mapping[str, Array | Tensor], normalizer: str, threshold: float = 0.08, title: str = ""
 ) -> Array:
-    """Cumulative error distributions up to the threshold, AUC and FR in the legend.
+    """Cumulative error distributions to half beyond the threshold, a line there, its AUC and FR in the legend.
 
     Args:
         errors: by name, the NME of each image [B], fractions (NaN: a failure).
@@ -170,11 +179,12 @@ def ced_figure(
     figure = Figure(figsize=(6.4, 4.8), dpi=DPI, layout="constrained")
     axes = figure.subplots()
     for colour, (name, values) in zip(_cycle(len(errors)), errors.items(), strict=True):
-        thresholds, reached = ced(values, threshold)
+        thresholds, reached = ced(values, 1.5 * threshold)
         missed = 100 * failure_rate(values, threshold)
         label = f"{name}: AUC@{threshold:g} {100 * auc(values, threshold):.1f} %, FR@{threshold:g} {missed:.1f} %"
         axes.plot(100 * thresholds, 100 * reached, color=colour, label=label)
-    axes.set(xlabel=f"NME[{normalizer}], %", ylabel="images, %", xlim=(0, 100 * threshold), ylim=(0, 100))
+    axes.axvline(100 * threshold, color=INK, linewidth=0.9, linestyle="--", label=f"threshold {100 * threshold:g} %")
+    axes.set(xlabel=f"NME[{normalizer}], %", ylabel="images, %", xlim=(0, 150 * threshold), ylim=(0, 101))
     _finish(figure, [axes], title, "lower right")
     return _rgb(figure)
 
@@ -211,6 +221,62 @@ def rows_figure(tables: Mapping[str, Mapping[str, Sequence[float]]], unit: str) 
     return _rgb(figure)
 
 
+def risk_coverage_figure(
+    doubts: Mapping[str, tuple[Array | Tensor, Array | Tensor]], normalizer: str, title: str = ""
+) -> Array:
+    """Mean error of the faces predicted with most certainty, against their share; dashed: by an oracle that knows the
+    errors, dotted: by an uncertainty that tells nothing.
+
+    Args:
+        doubts: by name, the NME of each image [B], fractions, finite, and its uncertainty [B].
+
+    Returns:
+        uint8 [480, 640, 3].
+    """
+    figure = Figure(figsize=(6.4, 4.8), dpi=DPI, layout="constrained")
+    axes = figure.subplots()
+    for colour, (name, (errors, uncertainty)) in zip(_cycle(len(doubts)), doubts.items(), strict=True):
+        coverage, risk = risk_coverage(errors, uncertainty)
+        oracle, mean = risk_coverage(errors, errors)[1], float(risk[-1])
+        areas = [100 * aurc(errors, uncertainty), 100 * aurc(errors, errors), 100 * mean]
+        prefix = "" if len(doubts) == 1 else f"{name}, "
+        axes.plot(100 * coverage, 100 * risk, color=colour, label=f"{name}: AURC {areas[0]:.2f} %")
+        axes.plot(
+            100 * coverage, 100 * oracle, color=colour, ls="--", lw=1.0, label=f"{prefix}oracle: {areas[1]:.2f} %"
+        )
+        axes.axhline(100 * mean, color=colour, ls=":", lw=1.2, label=f"{prefix}random: {areas[2]:.2f} %")
+    axes.set(xlabel="coverage: most certain faces, %", ylabel=f"risk: mean NME[{normalizer}], %", xlim=(0, 100))
+    axes.set_ylim(bottom=0)
+    _finish(figure, [axes], title, "lower right")
+    return _rgb(figure)
+
+
+def regions_figure(regions: Mapping[str, Mapping[str, float]], normalizer: str, title: str = "") -> Array:
+    """Mean NME of each part of the face, bars side by side.
+
+    Args:
+        regions: by name, fractions by region; every name has the same regions.
+
+    Returns:
+        uint8 [400, 640, 3].
+    """
+    figure = Figure(figsize=(6.4, 4.0), dpi=DPI, layout="constrained")
+    axes = figure.subplots()
+    parts = list(next(iter(regions.values())))
+    width = 0.8 / len(regions)
+    for number, (colour, (name, values)) in enumerate(zip(_cycle(len(regions)), regions.items(), strict=True)):
+        places = np.arange(len(parts)) + (number - (len(regions) - 1) / 2) * width
+        bars = axes.bar(places, [100 * values[part] for part in parts], 0.92 * width, color=colour, label=name)
+        axes.bar_label(bars, fmt="%.1f", fontsize=8 if len(regions) <= 3 else 6, color=INK)
+    axes.set_xticks(np.arange(len(parts)), parts)
+    axes.set(ylabel=f"NME[{normalizer}], %")
+    axes.margins(y=0.12)
+    axes.set_axisbelow(True)
+    _finish(figure, [axes], title)
+    axes.grid(axis="x", visible=False)
+    return _rgb(figure)
+
+
 def _overlay(canvas: Array) -> tuple[Figure, Axes]:
     """A transparent figure whose data coordinates are the canvas's pixels."""
     height, width = canvas.shape[:2]
@@ -240,18 +306,18 @@ def _rgb(figure: Figure) -> Array:
 
 def _draw_faces(axes: Axes, faces: Sequence[Array], unit: float) -> None:
     """Coloured polylines over a dark halo, and a dot a landmark."""
-    for part, colour, lines, dots in _parts(faces):
+    for colour, lines, dots in _parts(faces):
         halo = LineCollection(lines, colors="black", alpha=0.45, linewidths=2.6 * unit, zorder=4, capstyle="round")
         stroke = LineCollection(lines, colors=colour, linewidths=1.3 * unit, zorder=5, capstyle="round")
         axes.add_collection(halo)
         axes.add_collection(stroke)
-        _draw_dots(axes, dots, (2.6 if part else 4.0) * unit, colour, 0.35 * unit, 6)
+        _draw_dots(axes, dots, (2.6 if lines else 4.0) * unit, colour, 0.35 * unit, 6)
 
 
 def _draw_truth(axes: Axes, faces: Sequence[Array], unit: float) -> None:
-    for part, _, lines, dots in _parts(faces):
+    for _, lines, dots in _parts(faces):
         axes.add_collection(LineCollection(lines, colors=TRUTH, alpha=0.9, linewidths=0.9 * unit, zorder=3))
-        if not part:
+        if not lines:
             _draw_dots(axes, dots, 3.0 * unit, TRUTH, 0.3 * unit, 3)
 
 
@@ -263,15 +329,17 @@ def _draw_dots(axes: Axes, dots: Array, points: float, colour: str, edge: float,
     axes.add_collection(discs)
 
 
-def _parts(faces: Sequence[Array]) -> list[tuple[str, str, list[Array], Array]]:
-    """(part, colour, polylines, dots) of all faces together; part "" where the layout is not known."""
+def _parts(faces: Sequence[Array]) -> list[tuple[str, list[Array], Array]]:
+    """(colour, polylines, dots) of each part of all faces together; one part where the layout is not known."""
     stacked = np.stack(faces)
-    if stacked.shape[1] != 68:
-        return [("", PALETTE["eyes"], [], stacked.reshape(-1, 2))]
+    layout = layout_of(stacked.shape[1])
+    if layout is None:
+        return [(PALETTE["eyes"], [], stacked.reshape(-1, 2))]
     parts = []
-    for part, indices in REGIONS_68.items():
-        lines = [face[list(line)] for face in faces for line in LINES_68 if line[0] in indices]
-        parts.append((part, PALETTE[part], lines, stacked[:, indices.start : indices.stop].reshape(-1, 2)))
+    for part, indices in layout.regions.items():
+        drawn = LINES_68 if stacked.shape[1] == 68 else ()
+        lines = [face[list(line)] for face in faces for line in drawn if line[0] in indices]
+        parts.append((PALETTE[part], lines, stacked[:, list(indices)].reshape(-1, 2)))
     return parts
 
 

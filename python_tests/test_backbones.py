@@ -15,6 +15,7 @@ import norm_ranks
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from fastforest.models import BACKBONES, Features, Trunk, build_backbone, synchronize_batch_norm
 from fastforest.models.norm import normalization
@@ -89,6 +90,30 @@ def test_outputs_have_the_shapes_announced(
     assert maps.shape == (2, channels, size // 4, size // 4) and vector.shape == (2, features)
     assert [entry.shape for entry in found.earlier] == [maps.shape] * (options.get("stacks", 1) - 1)
     assert all(entry.isfinite().all() for entry in (maps, vector, *found.earlier))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "millions", "billions"),
+    [
+        ("small", {}, "3.8", {96: "0.21", 256: "1.5"}),
+        ("hourglass", {}, "0.7", {96: "0.19", 256: "1.3"}),
+        ("stacked", {}, "1.3", {96: "0.30", 256: "2.1"}),
+        ("stacked", {"stacks": 4, "depth": 4, "width": 256}, "12.8", {256: "14.6"}),
+        ("stacked", {"stacks": 8, "depth": 4, "width": 256}, "25.3", {256: "27.2"}),
+        ("highres", {}, "1.0", {96: "0.11", 256: "0.78"}),
+        ("highres", {"width": 18, "modules": (1, 4, 3), "blocks": 4, "channels": 270}, "9.7", {96: "0.64", 256: "4.6"}),
+    ],
+)
+def test_costs_are_those_documented(
+    name: str, options: dict[str, Any], millions: str, billions: dict[int, str]
+) -> None:
+    for size, expected in billions.items():
+        with torch.device("meta"):
+            backbone, images = build_backbone(name, size, **options), torch.empty(1, 3, size, size)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            backbone.eval()(images)
+        assert f"{counter.get_total_flops() / 2e9:.{len(expected.partition('.')[2])}f}" == expected
+        assert f"{sum(parameter.numel() for parameter in backbone.parameters()) / 1e6:.1f}" == millions
 
 
 @pytest.mark.parametrize("name", BACKBONES)
@@ -242,10 +267,9 @@ def test_copies_and_states_give_the_same(name: str) -> None:
         ("smal", 32, {}, "unknown backbone 'smal', did you mean 'small'?"),
         ("?", 32, {}, r"unknown backbone '\?', there are small, hourglass, stacked, highres"),
         ("stacked", 32, {"stack": 2}, "'stacked' has no option 'stack', did you mean 'stacks'?"),
-        ("hourglass", 32, {"image_size": 2}, "multiple values"),
-        ("highres", 32, {"width": 1.5}, "'highres': width must be as 16, its default, got 1.5"),
-        ("stacked", 32, {"stacks": True}, "stacks must be as 2, its default, got True"),
-        ("highres", 32, {"modules": [1, 1, "1"]}, r"modules must be as \(1, 1, 1\), its default"),
+        ("highres", 32, {"width": 1.5}, "'highres': width must be of its default's type, as 16, got 1.5"),
+        ("stacked", 32, {"stacks": True}, "stacks must be of its default's type, as 2, got True"),
+        ("highres", 32, {"modules": [1, 1, "1"]}, r"modules must be of its default's type, as \(1, 1, 1\), got"),
         ("small", 48, {}, "Backbone: image_size must be a positive multiple of 32, got 48"),
         ("stacked", 96, {"depth": 4}, "image_size must be a positive multiple of 64 at depth 4, got 96"),
         ("stacked", 0, {}, "image_size must be a positive multiple of 32 at depth 3, got 0"),
@@ -259,7 +283,7 @@ def test_copies_and_states_give_the_same(name: str) -> None:
     ],
 )
 def test_a_wrong_request_is_told(name: str, size: int, options: dict[str, Any], words: str) -> None:
-    with pytest.raises((ValueError, TypeError) if "image_size" in options else ValueError, match=words):
+    with pytest.raises(ValueError, match=words):
         build_backbone(name, size, **options)
 
 
@@ -308,6 +332,8 @@ def test_two_ranks_normalise_as_one(tmp_path: Path) -> None:
         else:
             assert torch.equal(first[name], second[name]), name
             found = first[name]
-        within = 1e-10 if "float64" in name or name.startswith("stacked") else 1e-5
+        within = 1e-10 if "float64" in name else 1e-5
+        if "bfloat16" in name and "state" not in name:
+            within = 2**-8  # one step of outputs and gradients as they are stored
         scale = max(1.0, value.abs().max().item())
         torch.testing.assert_close(found / scale, value / scale, rtol=0, atol=within, msg=lambda m, n=name: f"{n}: {m}")

@@ -11,9 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from fastforest import config, data, models, training
+from fastforest import aligner, config, data, models, training
+from fastforest.aligner import Aligner
 from fastforest.cli import main
-from fastforest.training import photos
 
 SIZE = 32
 TINY = ["--data", "synthetic", "--faces", "20", "--size", str(SIZE), "--rounds", "1", "--batch", "4", "--steps", "2"]
@@ -366,6 +366,43 @@ def test_evaluate_repeats_the_numbers_of_training(run, capsys):
     assert "NME[box]" in printed and "FR@0.1[box]" in printed and "(20 images)" in printed
 
 
+def test_evaluate_prints_and_writes_tables_and_pictures(run, tmp_path, capsys):
+    out = tmp_path / "new" / "results"
+    arguments = ["--checkpoint", str(run / "checkpoint.pt"), *TINY[:4], "--all", "--out", str(out)]
+    assert main(["evaluate", *arguments]) == 0
+    printed = capsys.readouterr().out
+    pictures = ["ced.png", "regions.png", "risk_coverage.png", "worst.png"]
+    assert files(out) == sorted([*pictures, "faces.jsonl", "results.json", "results.md"])
+    table = (out / "results.md").read_text()
+    assert table.startswith("# synthetic: 20 all faces\n")
+    rows = [line for line in table.splitlines() if line.startswith("|")]
+    assert len(rows) == 9 and all(row in printed for row in rows)
+    lines = [json.loads(line) for line in (out / "faces.jsonl").read_text().splitlines()]
+    assert len(lines) == 20 and lines[7]["name"] == data.SyntheticFaces(20)[7].name
+    results = json.loads((out / "results.json").read_text())[run.name]
+    assert results["NME[inter_ocular]"] == pytest.approx(np.mean([line["nme"] for line in lines]))
+    assert list(results["regions"]) == ["jaw", "brows", "nose", "eyes", "mouth"]
+    assert printed.endswith(f"written to {out}\n")
+
+
+def test_evaluate_compares_checkpoints(run, tmp_path, capsys):
+    (tmp_path / "a").mkdir()
+    second, third = tmp_path / "a" / "checkpoint.pt", tmp_path / "a" / "older.pt"
+    for path in (second, third):
+        path.write_bytes((run / "checkpoint.pt").read_bytes())
+    out = tmp_path / "out"
+    arguments = [*TINY[:4], "--out", str(out), "--checkpoint"]
+    assert main(["evaluate", *arguments, str(run / "checkpoint.pt"), str(second)]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].startswith(f"{run.name}: NME[") and printed[1].startswith("a: NME[")
+    assert printed[0].split(":")[1] == printed[1].split(":")[1]
+    assert {"worst_a.png", f"worst_{run.name}.png", "ced.png"} < set(files(out))
+    assert main(["evaluate", *TINY[:4], "--checkpoint", str(second), str(third)]) == 0
+    assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()[:2]] == ["checkpoint", "older"]
+    error = complaint(capsys, "evaluate", *arguments, second, second)
+    assert error == f"fastforest: {second}: is given twice"
+
+
 def test_evaluate_refuses_another_number_of_points(run, tmp_path, capsys):
     for index in range(10):
         Image.new("RGB", (40, 40)).save(tmp_path / f"{index}.png")
@@ -443,7 +480,7 @@ def test_predict_finds_the_face_in_several_images(run, photo, tmp_path, capsys):
     Image.open(path).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(second, quality=95)
     out = tmp_path / "out"
     assert main(["predict", str(path), str(second), "--checkpoint", str(run / "checkpoint.pt"), "--out", str(out)]) == 0
-    assert len(files(out)) == 4
+    assert len(files(out)) == 4 and capsys.readouterr().err == ""
     # a model of two steps drifts from crop to crop, but not off the face
     points = data.read_pts(out / "photo_landmarks.pts")
     assert np.abs(points.mean(axis=0) - truth.mean(axis=0)).max() < 50
@@ -451,22 +488,109 @@ def test_predict_finds_the_face_in_several_images(run, photo, tmp_path, capsys):
     assert abs(mirrored[:, 0].mean() - (399 - truth[:, 0].mean())) < 50
 
 
-def test_one_of_the_faces_found_is_the_face(photo):
+def test_predict_writes_one_file_for_all_images(run, photo, tmp_path, capsys):
     path, truth = photo
-    low, high = truth.min(axis=0), truth.max(axis=0)
-    side = (high - low).max()
-    boxes = photos.find_faces(data.read_image(path))
-    assert 1 <= len(boxes) <= photos.CANDIDATES
-    assert [box[2] for box in boxes] == sorted((box[2] for box in boxes), reverse=True)
-    shifts = [np.abs(np.array(box[:2]) + box[2] / 2 - (low + high) / 2).max() / side for box in boxes]
-    nearest = int(np.argmin(shifts))
-    assert shifts[nearest] < 0.15 and 0.75 < boxes[nearest][2] / side < 1.35
+    box, out = _box(truth), tmp_path / "out"
+    arguments = ["--checkpoint", str(run / "checkpoint.pt"), "--box", *box, "--out", str(out), "--format", "json"]
+    assert main(["predict", str(path), *arguments]) == 0
+    assert files(out) == ["predictions.json"]
+    assert capsys.readouterr().out == f"{out / 'predictions.json'}: 1 of 1 images\n"
+    content = json.loads((out / "predictions.json").read_text())
+    assert content["failed"] == [] and len(content["faces"]) == 1
+    face = content["faces"][0]
+    expected = Aligner.from_checkpoint(run / "checkpoint.pt")(path, tuple(map(float, box)))
+    assert face["image"] == str(path) and face["box"] == pytest.approx(list(map(float, box)), abs=1e-3)
+    for key in ("points", "spread", "covariance"):
+        assert np.array(face[key]) == pytest.approx(getattr(expected, key), abs=6e-4)
 
 
-@pytest.mark.parametrize("shape", [(10, 10), (25, 400), (26, 26), (300, 200)])
-def test_pictures_without_a_face(shape):
-    assert photos.find_faces(np.full((*shape, 3), 90, np.uint8)) == []
-    assert photos.locate(Centroid(), 64, np.full((*shape, 3), 90, np.uint8)) is None
+def _gallery(folder, photo):
+    """Frames of one face, one of them broken, in and below a folder; other files beside them."""
+    picture = Image.open(photo[0])
+    (folder / "below").mkdir(parents=True)
+    for name in ("frame_10.png", "frame_2.JPG", "below/frame_3.png", ".hidden.png", "old_landmarks.png"):
+        picture.convert("RGB").save(folder / name, format="PNG")
+    (folder / "frame_9.png").write_bytes(photo[0].read_bytes()[:400])
+    (folder / "notes.txt").write_text("not a picture")
+
+
+def test_predict_takes_folders_in_natural_order_and_goes_on_after_a_broken_image(run, photo, tmp_path, capsys):
+    _gallery(tmp_path / "gallery", photo)
+    out = tmp_path / "out"
+    arguments = ["--checkpoint", str(run / "checkpoint.pt"), "--box", *_box(photo[1]), "--out", str(out)]
+    assert main(["predict", str(tmp_path / "gallery"), *arguments, "--format", "json,pts"]) == 2
+    captured = capsys.readouterr()
+    names = ["below/frame_3", "frame_10", "frame_2"]
+    assert files(out) == sorted([*(f"{name}_landmarks.pts" for name in names), "predictions.json"])
+    content = json.loads((out / "predictions.json").read_text())
+    read = [Path(face["image"]).name for face in content["faces"]]
+    assert read == ["frame_3.png", "frame_2.JPG", "frame_10.png"]
+    broken = f"{tmp_path / 'gallery' / 'frame_9.png'}: cannot decode the image"
+    assert len(content["failed"]) == 1 and content["failed"][0].startswith(broken)
+    first, last = captured.err.splitlines()
+    assert first.startswith(f"fastforest: {broken}") and last == "fastforest: 1 of 4 images without landmarks"
+
+
+@pytest.mark.parametrize("suffix", ["json", "csv"])
+def test_predict_takes_boxes_by_name(suffix, run, photo, tmp_path, capsys):
+    _gallery(tmp_path / "gallery", photo)
+    (tmp_path / "gallery" / "frame_9.png").unlink()
+    low, high = photo[1].min(axis=0), photo[1].max(axis=0)
+    box = [float(round(value)) for value in (*low, *(high - low))]
+    wider = [box[0] - 5, box[1] - 6, box[2] + 9, box[3] + 8]
+    boxes = {"below/frame_3.png": box, "frame_2.JPG": wider, str(tmp_path / "gallery" / "frame_10.png"): box}
+    text = "name,x,y,w,h\n" + "".join(f"{name},{','.join(map(str, box))}\n" for name, box in boxes.items())
+    path = tmp_path / f"boxes.{suffix}"
+    path.write_text(json.dumps(boxes) if suffix == "json" else text)
+    arguments = ["--checkpoint", str(run / "checkpoint.pt"), "--out", str(tmp_path), "--format", "json"]
+    assert main(["predict", str(tmp_path / "gallery"), *arguments, "--boxes", str(path)]) == 0
+    faces = json.loads((tmp_path / "predictions.json").read_text())["faces"]
+    assert [face["box"] for face in faces] == [box, wider, box]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "reason"),
+    [
+        ("b.json", "[1, 2", "not JSON: Expecting ',' delimiter"),
+        ("b.json", "[1, 2]", 'expected {"name": [x, y, width, height], ...}, got a list'),
+        ("b.json", '{"a.png": [1, 2, 3]}', "'a.png': expected x, y, width, height, got [1, 2, 3]"),
+        ("b.json", '{"a.png": 7}', "'a.png': expected x, y, width, height, got 7"),
+        ("b.csv", "a.png,1,2,3,4\nb.png,1,2,x,4\n", "line 2: expected x, y, width, height, got ['1', '2', 'x', '4']"),
+        ("b.csv", "a.png,1,2,3,4\na.png,1,2,3,4\n", "line 2: has a second box for 'a.png'"),
+        ("b.csv", "a.png\n", "line 1: expected x, y, width, height, got []"),
+        ("c.csv", None, "no such file"),
+    ],
+)
+def test_boxes_that_cannot_be_read(name, text, reason, run, photo, tmp_path, capsys):
+    path = tmp_path / name
+    if text is not None:
+        path.write_text(text)
+    arguments = ["--checkpoint", run / "checkpoint.pt", "--out", tmp_path / "out", "--boxes", path]
+    error = complaint(capsys, "predict", photo[0], *arguments)
+    assert error.startswith(f"fastforest: {path}: {reason}")
+    assert not (tmp_path / "out").exists()
+
+
+def test_predict_follows_a_face_through_a_video(run, photo, tmp_path, capsys, monkeypatch):
+    picture = np.asarray(Image.open(photo[0]))
+    folder, searched = tmp_path / "video", []
+    folder.mkdir()
+    for number in range(3):
+        Image.fromarray(np.roll(picture, 4 * number, axis=1)).save(folder / f"{number}.png")
+    (folder / "1a.png").write_text("broken")
+    find = aligner.find_faces
+    monkeypatch.setattr(aligner, "find_faces", lambda image: searched.append(1) or find(image))
+    monkeypatch.setattr(aligner, "LOST", 0.5)  # a model of two steps drifts
+    arguments = ["--checkpoint", str(run / "checkpoint.pt"), "--out", str(tmp_path / "out"), "--format", "json"]
+    assert main(["predict", str(folder), *arguments, "--track"]) == 2
+    assert capsys.readouterr().err.endswith("fastforest: 1 of 4 images without landmarks\n")
+    faces = json.loads((tmp_path / "out" / "predictions.json").read_text())["faces"]
+    assert [Path(face["image"]).name for face in faces] == ["0.png", "1.png", "2.png"]
+    assert len(searched) == 1
+    assert main(["predict", str(folder), *arguments, "--track", "--box", *_box(photo[1])]) == 2
+    assert len(searched) == 1 and "3 of 4 images" in capsys.readouterr().out
+    error = complaint(capsys, "predict", folder, *arguments, "--track", "--boxes", "b.csv")
+    assert error == "fastforest: --track and --boxes exclude each other: --box gives the place in the first frame"
 
 
 def test_predict_complains_in_one_sentence_and_writes_nothing(run, photo, tmp_path, capsys):
@@ -478,15 +602,15 @@ def test_predict_complains_in_one_sentence_and_writes_nothing(run, photo, tmp_pa
     text = tmp_path / "text.jpg"
     text.write_text("not a picture")
     (tmp_path / "other").mkdir()
+    (tmp_path / "nothing").mkdir()
     twin = tmp_path / "other" / "photo.png"
     twin.write_bytes(path.read_bytes())
     cases = [
         ([empty], f"{empty}: no face found, give its place with --box X Y W H"),
-        ([path, empty], f"{empty}: no face found"),
         ([tmp_path / "none.png"], f"{tmp_path / 'none.png'}: no such file"),
         ([cut], f"{cut}: cannot decode the image"),
         ([text], f"{text}: not an image in a known format"),
-        ([tmp_path], f"{tmp_path}: is a folder, not an image"),
+        ([tmp_path / "nothing"], f"{tmp_path / 'nothing'}: holds no image (.jpg "),
         ([path, twin], f"{twin}: would write the same files as {path}"),
         ([path, "--box", "10", "10", "0", "5"], f"{path}: the box must be finite with positive width and height"),
         ([path, "--box", "nan", "10", "5", "5"], f"{path}: the box must be finite with positive width and height"),
@@ -500,67 +624,43 @@ def test_predict_complains_in_one_sentence_and_writes_nothing(run, photo, tmp_pa
     assert not out.exists()
     error = complaint(capsys, "predict", path, "--checkpoint", "x", "--box", "1", "2", "a", "3", parsing=True)
     assert "argument --box: invalid float value: 'a'" in error
+    error = complaint(capsys, "predict", path, "--checkpoint", "x", "--format", "png,gif", parsing=True)
+    assert "argument --format: must be some of png,pts,json, got 'gif'" in error
 
 
-class Centroid(torch.nn.Module):
-    """Finds the bright spot of its crop: what the crop shows where is seen in what it says."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(()))
-
-    def forward(self, images):
-        light = images.mean(dim=1)
-        light = light / light.sum(dim=(1, 2), keepdim=True)
-        grid = torch.arange(images.shape[-1], dtype=torch.float32)
-        return torch.stack([(light.sum(dim=1) * grid).sum(dim=1), (light.sum(dim=2) * grid).sum(dim=1)], dim=-1)[
-            :, None
-        ]
+def test_predict_names_a_checkpoint_that_predicts_nan(run, photo, tmp_path, capsys):
+    content = torch.load(run / "checkpoint.pt", weights_only=True)
+    broken = tmp_path / "broken.pt"
+    weights = {
+        key: value * float("nan") if value.is_floating_point() else value for key, value in content["weights"].items()
+    }
+    torch.save(content | {"weights": weights, "ema": None}, broken)
+    error = complaint(capsys, "predict", photo[0], "--box", *_box(photo[1]), "--checkpoint", broken, "--out", tmp_path)
+    assert error == f"fastforest: {broken}: the model predicts points that are not finite"
 
 
-class Spread(Centroid):
-    """Four landmarks at two standard deviations of the light: they settle on a spot, and grow where there is none."""
-
-    def forward(self, images):
-        light = images.mean(dim=1).double() + 1e-4
-        light = light / light.sum(dim=(1, 2), keepdim=True)
-        grid = torch.arange(images.shape[-1], dtype=torch.float64)
-        ends = []
-        for axis in (1, 2):
-            marginal = light.sum(dim=axis)
-            mean = (marginal * grid).sum(dim=1, keepdim=True)
-            reach = 2 * (marginal * (grid - mean) ** 2).sum(dim=1, keepdim=True).sqrt()
-            ends.append(torch.cat([mean - reach, mean + reach], dim=1))
-        return torch.stack([ends[0], ends[1]], dim=-1)
+# --- export -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_false_find_is_told_from_a_face_by_landmarks_that_do_not_settle(monkeypatch):
-    rows, columns = np.mgrid[:300, :300]
-    spot = 255 * np.exp(-((columns - 200.0) ** 2 + (rows - 210.0) ** 2) / (2 * 10.0**2))
-    image = np.repeat(np.rint(spot).astype(np.uint8)[..., None], 3, axis=2)
-    monkeypatch.setattr(photos, "find_faces", lambda image: [(20, 20, 60, 60), (175, 190, 42, 42)])
-    found = photos.locate(Spread(), 64, image)
-    assert found.points.mean(axis=0) == pytest.approx([200, 210], abs=1)
+def test_export_writes_a_file_for_torch_export(run, tmp_path, capsys):
+    out = tmp_path / "new" / "model.pt2"
+    assert main(["export", "--checkpoint", str(run / "checkpoint.pt"), "--out", str(out)]) == 0
+    sizes = "images uint8 [B, 3, 32, 32] -> points [B, 68, 2], spread [B, 68]"
+    assert capsys.readouterr().out == f"{out}: {sizes}\n"
+    loaded = aligner.load_exported(out)
+    saved = training.load(run / "checkpoint.pt")
+    assert loaded.size == 32 and torch.equal(loaded.mean_shape, saved.mean_shape)
+    images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    with torch.inference_mode():
+        assert torch.equal(loaded.predict(images)[0], saved.build(run)(images.float() / 255))
 
 
-@pytest.mark.parametrize("box", [(60, 50, 64, 40), (100, 80, 30, 30), (-20, -30, 150, 160), (90, 90, 120, 100)])
-def test_points_are_mapped_back_to_the_photograph(box):
-    x, y = 112.3, 93.8
-    rows, columns = np.mgrid[:150, :180]
-    spot = 255 * np.exp(-((columns - x) ** 2 + (rows - y) ** 2) / (2 * 3.0**2))
-    image = np.repeat(np.rint(spot).astype(np.uint8)[..., None], 3, axis=2)
-    found = photos.locate(Centroid(), 64, image, box)
-    assert found.covariance is None
-    assert found.points[0] == pytest.approx([x, y], abs=0.05)
-
-
-def test_a_model_that_predicts_nan_is_refused(photo):
-    class Broken(Centroid):
-        def forward(self, images):
-            return super().forward(images) * float("nan")
-
-    with pytest.raises(ValueError, match="the model predicts points that are not finite"):
-        photos.locate(Broken(), 64, data.read_image(photo[0]), (10, 10, 50, 50))
+def test_export_complains(run, tmp_path, capsys):
+    error = complaint(capsys, "export", "--checkpoint", run / "checkpoint.pt", "--out", tmp_path / "model.onnx")
+    assert error == f"fastforest: --out must end in .pt2, got {tmp_path / 'model.onnx'}"
+    error = complaint(capsys, "export", "--checkpoint", tmp_path / "no.pt", "--out", tmp_path / "model.pt2")
+    assert error == f"fastforest: {tmp_path / 'no.pt'}: no such file"
+    assert files(tmp_path) == []
 
 
 # --- info, recipe -----------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -9,8 +10,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from sklearn.metrics import roc_auc_score
 
-from fastforest.metrics import Metrics, auc, auc_from_ced, ced, evaluate, failure_rate, nme, normalizer_distance
+from fastforest.data import REGIONS_68
+from fastforest.metrics import (
+    Metrics,
+    auc,
+    auc_from_ced,
+    aurc,
+    ced,
+    evaluate,
+    failure_auroc,
+    failure_rate,
+    landmark_errors,
+    nme,
+    normalizer_distance,
+    region_nme,
+    risk_coverage,
+)
 
 NAN = float("nan")
 
@@ -156,6 +173,7 @@ def test_evaluate_collects_and_names() -> None:
         "AUC@0.08[inter_ocular]",
         "images",
         "invalid",
+        "unknown",
     ]
     assert str(result).startswith(f"NME[inter_ocular] {100 * result.nme:.2f} %  FR@0.08[inter_ocular] ")
     assert "1 without an NME" in str(result)
@@ -172,6 +190,136 @@ def test_evaluate_where_nothing_is_valid() -> None:
     target = torch.zeros(3, 68, 2)
     result = evaluate(target, target, "inter_ocular")
     assert math.isnan(result.nme) and result.failure_rate == 1 and result.auc == 0 and result.invalid == 3
+
+
+def with_unknown() -> tuple[torch.Tensor, torch.Tensor]:
+    """Predictions and truths of 5 faces, about a fifth of the truths unknown, no eye's; face 3 has none."""
+    target, pred = faces().double(), faces(seed=1).double()
+    hidden = torch.rand(5, 68, generator=torch.Generator().manual_seed(2)) < 0.2
+    hidden[:, 36:48] = False
+    hidden[3] = True
+    target[hidden] = NAN
+    return pred, target
+
+
+@pytest.mark.parametrize("normalizer", ["inter_ocular", "inter_pupil", "box", 40.0])
+def test_nme_is_the_mean_over_known_landmarks(normalizer: str | float) -> None:
+    pred, target = with_unknown()
+    result = nme(pred, target, normalizer)
+    for index in (0, 1, 2, 4):
+        known = target[index].isfinite().all(dim=-1)
+        assert 0 < known.sum() < 68
+        d = normalizer_distance(target[index : index + 1], normalizer) if isinstance(normalizer, str) else normalizer
+        distances = (pred[index] - target[index])[known].norm(dim=-1)
+        assert float(result[index]) == pytest.approx(float(distances.mean() / d), rel=1e-12)
+    assert result[3].isnan()
+
+
+def test_box_is_that_of_the_known_landmarks() -> None:
+    points = torch.tensor([[[1.0, 2.0], [5.0, NAN], [3.0, 11.0], [2.0, 6.5]]])
+    assert normalizer_distance(points, "box").tolist() == pytest.approx([math.sqrt(2 * 9)])
+    assert normalizer_distance(torch.full((1, 4, 2), NAN), "box").isnan().all()
+
+
+def test_an_unknown_prediction_of_a_known_landmark_is_a_failure_and_of_an_unknown_one_is_not() -> None:
+    pred, target = with_unknown()
+    clean = nme(pred, target, "inter_ocular")
+    pred[target.isnan()] = NAN
+    assert torch.equal(nme(pred, target, "inter_ocular")[[0, 1, 2, 4]], clean[[0, 1, 2, 4]])
+    known = int(target[1].isfinite().all(dim=-1).nonzero()[0])
+    pred[1, known] = NAN
+    assert nme(pred, target, "inter_ocular").isnan().tolist() == [False, True, False, True, False]
+
+
+def test_landmark_errors_average_to_the_nme() -> None:
+    pred, target = with_unknown()
+    errors = landmark_errors(pred, target, "inter_ocular")
+    assert torch.equal(errors.isnan(), target.isnan().any(dim=-1))
+    assert torch.equal(errors.nanmean(dim=1)[[0, 1, 2, 4]], nme(pred, target, "inter_ocular")[[0, 1, 2, 4]])
+    pred[0, 40] = math.inf
+    assert landmark_errors(pred, target, "inter_ocular")[0, 40] == math.inf
+
+
+def test_regions_average_to_the_nme_by_their_known_landmarks() -> None:
+    pred, target = with_unknown()
+    regions = region_nme(pred, target, "inter_ocular", REGIONS_68)
+    assert list(regions) == ["jaw", "brows", "nose", "eyes", "mouth"]
+    known = target.isfinite().all(dim=-1)
+    weights = torch.stack([known[:, list(indices)].sum(dim=1) for indices in REGIONS_68.values()])
+    total = (torch.stack(list(regions.values())) * weights).sum(dim=0) / weights.sum(dim=0)
+    keep = [0, 1, 2, 4]
+    assert total[keep].tolist() == pytest.approx(nme(pred, target, "inter_ocular")[keep].tolist(), rel=1e-12)
+    assert all(values[3].isnan() for values in regions.values())
+    target[0, :17] = NAN
+    chin = region_nme(pred, target, "inter_ocular", {"chin": [7, 8, 9]})["chin"]
+    assert chin.isnan().tolist() == [True, False, False, True, False]
+
+
+def test_evaluate_says_how_many_landmarks_are_unknown() -> None:
+    pred, target = with_unknown()
+    result = evaluate(pred, target, "inter_ocular")
+    assert result.unknown == int(target.isnan().any(dim=-1).sum()) > 68 and result.invalid == 1
+    assert str(result).endswith(f"not in the mean, {result.unknown} unknown landmarks left out)")
+
+
+def brute_force(error: list[float], uncertainty: list[float]) -> list[float]:
+    """Mean risk at each coverage over every order of the images that keeps the uncertainties sorted."""
+    curves = []
+    for order in itertools.permutations(range(len(error))):
+        doubts = [uncertainty[i] for i in order]
+        if doubts == sorted(doubts):
+            sums = itertools.accumulate(error[i] for i in order)
+            curves.append([total / (k + 1) for k, total in enumerate(sums)])
+    return np.mean(curves, axis=0).tolist()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_risk_coverage_is_the_mean_over_all_orders_of_ties(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    error, uncertainty = rng.uniform(0, 1, 7), rng.integers(0, 4, 7).astype(float)
+    coverage, risk = risk_coverage(error, uncertainty)
+    assert coverage.tolist() == pytest.approx([k / 7 for k in range(1, 8)])
+    assert risk.tolist() == pytest.approx(brute_force(error.tolist(), uncertainty.tolist()), rel=1e-12)
+    assert aurc(error, uncertainty) == pytest.approx(float(risk.mean()), rel=1e-12)
+    shuffled = rng.permutation(7)
+    assert aurc(error[shuffled], uncertainty[shuffled]) == pytest.approx(aurc(error, uncertainty), rel=1e-12)
+
+
+def test_aurc_of_the_oracle_is_least_and_of_a_constant_the_mean() -> None:
+    rng = np.random.default_rng(5)
+    error = rng.uniform(0, 1, 200)
+    best, worst = aurc(error, error), aurc(error, -error)
+    assert all(best < aurc(error, rng.uniform(0, 1, 200)) < worst for _ in range(20))
+    assert aurc(error, np.zeros(200)) == pytest.approx(error.mean(), rel=1e-12)
+    assert aurc(error, np.exp(error)) == best
+
+
+def test_an_unknown_uncertainty_is_the_greatest() -> None:
+    error = torch.tensor([5.0, 1.0, 2.0, 3.0], dtype=torch.float64)
+    risk = risk_coverage(error, torch.tensor([NAN, 7.0, 8.0, math.inf]))[1]
+    assert risk.tolist() == pytest.approx([1, 1.5, (1 + 2 + 4) / 3, 11 / 4])  # NaN and inf are a tie
+    assert risk_coverage(torch.tensor([0.5]), torch.tensor([NAN]))[1].tolist() == [0.5]
+
+
+@pytest.mark.parametrize("levels", [12, 1000])
+def test_failure_auroc_against_scikit_learn(levels: int) -> None:
+    rng = np.random.default_rng(levels)
+    error = rng.uniform(0, 0.16, 300)
+    doubt = np.round((error + rng.normal(0, 0.05, 300)) * levels) / levels
+    expected = roc_auc_score(error > 0.08, doubt)
+    assert 0.6 < expected < 0.95
+    assert failure_auroc(error, doubt, 0.08) == pytest.approx(expected, rel=1e-12)
+    error[:3], doubt[3:6] = NAN, NAN
+    failed = ~(error <= 0.08)
+    expected = roc_auc_score(failed, np.where(np.isnan(doubt), 1e9, doubt))
+    assert failure_auroc(error, doubt, 0.08) == pytest.approx(expected, rel=1e-12)
+
+
+def test_failure_auroc_needs_failures_and_successes() -> None:
+    doubt = torch.tensor([0.1, 0.2])
+    assert math.isnan(failure_auroc(torch.tensor([0.01, 0.02]), doubt, 0.08))
+    assert math.isnan(failure_auroc(torch.tensor([0.1, NAN]), doubt, 0.08))
+    assert failure_auroc(torch.tensor([0.01, NAN]), doubt, 0.08) == 1
 
 
 EMPTY = torch.zeros(0, 68, 2)
@@ -199,6 +347,29 @@ NESTED: Any = [[1.0]]
         (lambda: auc(torch.zeros(2), NAN), ValueError, "auc: a must be a positive finite number, got nan"),
         (lambda: auc(torch.tensor([-0.5]), 0.1), ValueError, "auc: nme must be non-negative, got -0.5"),
         (lambda: ced(torch.zeros(2), 0.1, points=1), ValueError, "ced: points must be at least 2, got 1"),
+        (
+            lambda: landmark_errors(EMPTY, EMPTY, "box"),
+            ValueError,
+            "landmark_errors: pred must hold at least one image",
+        ),
+        (lambda: landmark_errors(faces(), faces(), torch.ones(3)), ValueError, r"landmark_errors: normalizer must be"),
+        (
+            lambda: region_nme(faces(), faces(), "box", {"ear": [67, 68]}),
+            ValueError,
+            r"region_nme: regions\['ear'\] must hold indices in 0..67, got \[67, 68\]",
+        ),
+        (lambda: region_nme(faces(), faces(), "box", {"ear": []}), ValueError, r"must hold indices in 0..67, got \[\]"),
+        (lambda: risk_coverage(torch.zeros(0), torch.zeros(0)), ValueError, r"error must be \[B\] with B > 0, got \[0"),
+        (lambda: risk_coverage(torch.zeros(2), torch.zeros(2, 1)), ValueError, r"uncertainty must be \[B\] with B > 0"),
+        (lambda: risk_coverage(torch.zeros(2), torch.zeros(3)), ValueError, "must have the same length, got 2 and 3"),
+        (lambda: aurc(torch.tensor([NAN]), torch.zeros(1)), ValueError, "risk_coverage: error must be finite, leave"),
+        (lambda: aurc(NESTED, torch.zeros(1)), TypeError, "risk_coverage: error must be a tensor or a numpy array"),
+        (lambda: failure_auroc(torch.zeros(2), torch.zeros(2), 0.0), ValueError, "failure_auroc: a must be a positive"),
+        (
+            lambda: failure_auroc(-torch.ones(2), torch.zeros(2), 0.1),
+            ValueError,
+            "error must be non-negative, got -1.0",
+        ),
     ],
 )
 def test_errors_name_function_argument_expected_and_got(

@@ -1,4 +1,4 @@
-"""The command line: python -m fastforest train | evaluate | predict | info. A command a module."""
+"""The command line: python -m fastforest train | evaluate | predict | export | info. A command a module."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from . import evaluate, predict, train
+from . import evaluate, export, predict, train
 from .common import Parser, guarded
 
 __all__ = ["main"]
@@ -37,9 +37,10 @@ def info(options: object) -> None:
 
 def _parser() -> Parser:
     parser = Parser(prog="fastforest", description="Landmarks of faces by differentiable regression forests.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="train|evaluate|predict|info")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="train|evaluate|predict|export|info")
     train.add_arguments(commands.add_parser("train", help="train a model, a checkpoint and a picture every round"))
     evaluate.add_arguments(commands.add_parser("evaluate", help="NME, failure rate and AUC of a checkpoint on a set"))
     predict.add_arguments(commands.add_parser("predict", help="find a face, write its landmarks and a picture of them"))
+    export.add_arguments(commands.add_parser("export", help="a checkpoint as one file for torch.export.load"))
     commands.add_parser("info", help="versions, instruction sets, devices").set_defaults(run=info)
     return parser

@@ -36,6 +36,8 @@ class Backbone(Trunk):
         code: channels of the vector's map.
         norm: "batch" or "group", see `normalization`.
 
+    Cost: 3.8 M parameters; multiply-adds of an image 0.21 G at 96 x 96, 1.5 G at 256 x 256.
+
     Raises:
         ValueError: an argument out of range; on calling: images of another shape.
     """
@@ -105,7 +107,9 @@ def build_backbone(name: str, image_size: int, **options: Any) -> Trunk:
             raise ValueError(f"build_backbone: '{name}' has no option {key!r}, {_nearest(key, defaults)}")
         if not _alike(value, defaults[key]):
             example = defaults[key]
-            raise ValueError(f"build_backbone: '{name}': {key} must be as {example!r}, its default, got {value!r}")
+            raise ValueError(
+                f"build_backbone: '{name}': {key} must be of its default's type, as {example!r}, got {value!r}"
+            )
     return BACKBONES[name](image_size, **options)
 
 

@@ -121,7 +121,7 @@ class _Adapted(Trunk):
                 f"{list(found.map.shape)} and {list(found.vector.shape)}"
             )
         self.map_channels, self.features, self.earlier = found.map.shape[1], found.vector.shape[1], len(found.earlier)
-        self.stride = image_size / found.map.shape[-1]  # type: ignore[assignment]
+        self.stride = image_size / found.map.shape[-1]
 
     def forward(self, images: Tensor) -> Features:
         found = self.module(images)
@@ -160,7 +160,7 @@ def two_sided_kl(
     target = render_gaussian(points, sigma, (mixture.shape[-2], mixture.shape[-1]), normalize="sum", truncate=3.0)
     q = mixture.float().clamp(eps, 1 - eps)
     y = target.float().clamp(0, 1 - eps)
-    rows = torch.xlogy(y, y / q) + (1 - y) * ((-y).log1p() - (-q).log1p())
+    rows = torch.xlogy(y, y) - y * q.log() + (1 - y) * ((-y).log1p() - (-q).log1p())
     rows = rows.sum((2, 3))
     if weight is None:
         return rows.sum() / max(rows.numel(), 1)

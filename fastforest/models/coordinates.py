@@ -53,7 +53,7 @@ class CoordinateRegression(LandmarkModel):
         self.register_buffer("origin", start.clone(), persistent=False)
         self.reach = image_size / (8 if residual else 2)
         last = nn.Linear(hidden_units, 2 * landmarks)
-        nn.init.zeros_(last.weight)
+        nn.init.normal_(last.weight, std=1e-3)
         nn.init.zeros_(last.bias)
         self.head = nn.Sequential(nn.Linear(self.backbone.features, hidden_units), nn.ReLU(inplace=True), last)
 

@@ -39,6 +39,10 @@ class HighResNet(Trunk):
         code: channels of the vector's map; F = code (S / 32)^2.
         norm: "batch" or "group", see `normalization`.
 
+    Cost: parameters; multiply-adds of an image, 96 x 96 and 256 x 256.
+        default: 1.0 M; 0.11 G, 0.78 G. As W18 (width 18, modules (1, 4, 3), blocks 4, channels 270): 9.7 M; 0.64 G,
+        4.6 G.
+
     Raises:
         ValueError: an argument out of range; on calling: images of another shape.
     """

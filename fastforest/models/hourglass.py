@@ -36,8 +36,13 @@ class StackedHourglass(Trunk):
         width: C, a multiple of 4; 256 in the paper.
         code: channels of the vector's map; F = code (S / (4 2^depth))^2.
         norm: "batch" or "group", see `normalization`.
-        checkpoint: keep only what enters each stack and compute the rest again in the backward pass: less memory, a
-            third more time, the same gradients and running statistics. A compiled forward pass ignores it.
+        checkpoint: keep only what enters each stack and compute the rest again in the backward pass: less memory, one
+            more forward pass, the same gradients and running statistics. A compiled forward pass ignores it.
+
+    Cost: parameters; multiply-adds of an image, 96 x 96 and 256 x 256.
+        default: 1.3 M; 0.30 G, 2.1 G. One stack: 0.7 M; 0.19 G, 1.3 G.
+        width 256, depth 4, at 256 x 256: 2 stacks 6.6 M, 8.3 G; 4 stacks 12.8 M, 14.6 G; 8 stacks, as published,
+        25.3 M, 27.2 G. At 105 TFLOP/s (35 % of 300), 60 epochs of 1,800 faces then train in 51, 90 and 168 seconds.
 
     Raises:
         ValueError: an argument out of range; on calling: images of another shape.

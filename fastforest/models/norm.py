@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 from torch.autograd.function import once_differentiable
+from torch.nn import functional
 
 from fastforest.nn._ranks import many_ranks, sum_over_ranks
 
@@ -61,11 +62,14 @@ class _JoinedBatchNorm2d(nn.BatchNorm2d):
         mean, variance, count = _joined_moments(x.detach())
         if self.track_running_stats:
             self._track(mean, variance * (count / (count - 1).clamp_min(1)))
-        return _Normalize.apply(x, self.weight, self.bias, mean, variance, count, self.eps)
+        weight, bias = (
+            (torch.ones_like(mean), torch.zeros_like(mean)) if self.weight is None else (self.weight, self.bias)
+        )
+        return _Normalize.apply(x, weight, bias, mean, variance, count, self.eps)
 
     @torch.no_grad()
     def _track(self, mean: Tensor, variance: Tensor) -> None:
-        if self.num_batches_tracked is not None:
+        if self.num_batches_tracked is not None:  # None while a checkpointed pass is repeated
             self.num_batches_tracked.add_(1)
         factor = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), factor)
@@ -81,55 +85,53 @@ class _Normalize(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        mean: Tensor,
-        variance: Tensor,
-        count: Tensor,
-        eps: float,
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, variance: Tensor, count: Tensor, eps: float
     ) -> Tensor:
-        inverse = (variance + eps).rsqrt()
-        ctx.save_for_backward(x, weight, bias, mean, inverse, count)
-        scale = inverse if weight is None else inverse * weight
-        shift = -mean * scale if bias is None else bias - mean * scale
-        return torch.addcmul(_over_channels(shift), x, _over_channels(scale)).to(x.dtype)
+        ctx.save_for_backward(x, weight, mean, variance, count)
+        ctx.eps = eps
+        weight, bias = weight.to(mean.dtype), bias.to(mean.dtype)
+        return functional.batch_norm(x, mean, variance, weight, bias, False, 0.0, eps) if len(x) else x.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, mean, inverse, count = ctx.saved_tensors
-        grad_wide = grad.to(mean.dtype)
-        z = (x - _over_channels(mean)) * _over_channels(inverse)
-        own = torch.stack([_sum(grad_wide), _sum(grad_wide * z)])
+        x, weight, mean, variance, count = ctx.saved_tensors
+        own = _own_sums(grad, x, mean, variance, ctx.eps)
         joined = own.clone()
         sum_over_ranks([joined])
-        level, slope = joined / count.clamp_min(1)
-        scale = inverse if weight is None else inverse * weight
-        grad_x = (grad_wide - _over_channels(level) - z * _over_channels(slope)) * _over_channels(scale)
-        grad_weight = None if weight is None else own[1].to(weight.dtype)
-        grad_bias = None if bias is None else own[0].to(bias.dtype)
-        return grad_x.to(x.dtype), grad_weight, grad_bias, None, None, None, None
+        slope, level = joined / count.clamp_min(1)
+        inverse = (variance + ctx.eps).rsqrt()
+        scale = inverse * weight
+        grad_x = torch.addcmul(
+            _over_channels(-level * scale), x - _over_channels(mean), _over_channels(-slope * inverse * scale)
+        )
+        grad_x = grad_x.addcmul_(grad, _over_channels(scale)).to(x.dtype)
+        return grad_x, own[0].to(weight.dtype), own[1].to(weight.dtype), None, None, None, None
 
 
 def _joined_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Mean [C], biased variance [C] and number of rows [] of the rows of all ranks."""
-    wide = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    unused = torch.zeros(x.shape[1], dtype=wide, device=x.device)  # its dtype is that of the moments
     count = x.shape[0] * x.shape[2] * x.shape[3]
-    mean = _sum(wide) / max(count, 1)
-    variance = _sum((wide - _over_channels(mean)).square()) / max(count, 1)
-    own = torch.cat([mean, variance, mean.new_full((1,), count)])
+    moments = torch.ops.aten.batch_norm_update_stats(x, unused, unused.clone(), 0.0) if count else (unused, unused)
+    own = torch.cat([*moments, unused.new_full((1,), count)])
     every = [torch.empty_like(own) for _ in range(distributed.get_world_size())]
     distributed.all_gather(every, own)
-    means, variances, counts = torch.stack(every).split([len(mean), len(mean), 1], dim=1)
+    means, variances, counts = torch.stack(every).split([x.shape[1], x.shape[1], 1], dim=1)
     share = counts / counts.sum().clamp_min(1)
     mean = (share * means).sum(0)
     return mean, (share * (variances + (means - mean).square())).sum(0), counts.sum()
 
 
-def _sum(x: Tensor) -> Tensor:
-    return x.sum((0, 2, 3))
+def _own_sums(grad: Tensor, x: Tensor, mean: Tensor, variance: Tensor, eps: float) -> Tensor:
+    """[2, C]: sum(g z) and sum(g) over this rank's rows; z = (x - mean) / sqrt(variance + eps)."""
+    if len(x) == 0:
+        return mean.new_zeros(2, len(mean))
+    one = torch.ones_like(mean)
+    only_sums = [False, True, True]
+    found = torch.ops.aten.native_batch_norm_backward(grad, x, one, mean, variance, None, None, False, eps, only_sums)
+    return torch.stack(found[1:])
 
 
 def _over_channels(values: Tensor) -> Tensor:

@@ -74,15 +74,12 @@ def read_lines(path: PathLike) -> list[tuple[str, str]]:
 
 def numbers(where: str, fields: Iterable[str]) -> np.ndarray:
     """Fields of text as float64. Raises DataError where one is not a number; NaN and infinity are none either."""
-    values = []
-    for field in fields:
-        try:
-            values.append(float(field))
-        except ValueError:
-            values.append(np.nan)
-        if not np.isfinite(values[-1]):
-            raise DataError(f"{where}: not a number: {field[:40]!r}")
-    return np.array(values)
+    texts = list(fields)
+    values = np.array([_number(text) for text in texts], dtype=np.float64)
+    bad = ~np.isfinite(values)
+    if bad.any():
+        raise DataError(f"{where}: not a number: {texts[int(bad.argmax())][:40]!r}")
+    return values
 
 
 def matrix(where: str, value: Any, shape: Sequence[int | None]) -> np.ndarray:
@@ -146,6 +143,13 @@ def image_named(where: str, folder: Path, name: Any, images: bool) -> Path:
 
 def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return np.nan
 
 
 def _is_file(path: Path) -> bool:
