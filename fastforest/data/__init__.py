@@ -4,10 +4,13 @@ Points are (x, y) in the pixels of the image at hand, 0-based, pixel centres at 
 """
 
 from .augment import Augment, Plain, horizontal_flip
+from .cache import Cached, DiskCache
+from .crop import Crop, crop_box
 from .errors import DataError
-from .faces import Cached, CropPackage, Face, PtsFolder, SyntheticFaces, crop_box, open_dataset, rescale, resize, split
+from .faces import CropPackage, Face, PtsFolder, SyntheticFaces, open_dataset, rescale, resize, split
 from .layout import FLIP_68, LINES_68, REGIONS_68, Layout, layout_of
 from .ldl import DistributionSet, read_distributions, read_distributions_folder, synthetic_distributions
+from .loader import FaceLoader
 from .pts import read_image, read_pts, write_pts
 from .readers import (
     read_aflw2000,
@@ -27,7 +30,9 @@ from .readers import (
     read_wflw,
 )
 from .records import Record, Records, open_record_image
+from .recordfaces import RecordFaces
 from .scored import ScoredFaces, face_score, read_scored_faces, synthetic_scored_faces
+from .shapes import ShapePCA, Similarity, generalized_procrustes, procrustes
 from .synthetic import draw_face, mean_shape_68
 
 __all__ = [
@@ -81,4 +86,12 @@ __all__ = [
     "synthetic_distributions",
     "synthetic_scored_faces",
     "write_pts",
+    "DiskCache",
+    "Crop",
+    "RecordFaces",
+    "FaceLoader",
+    "ShapePCA",
+    "Similarity",
+    "generalized_procrustes",
+    "procrustes",
 ]
