@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import os
+import struct
+import zlib
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,14 @@ __all__ = ["image_cell", "is_hdf5", "load_mat", "open_hdf5", "read_member"]
 IMAGE_CELLS = ("IsTr", "IsT")
 """Names of the cell array of images in COFW's files: training, test."""
 
+MATRIX, COMPRESSED = 14, 15
+ELEMENT_TYPES = frozenset({*range(1, 8), 9, *range(12, 19)})
+"""Type codes of data elements: integers, single (7), double (9), 64 bits, matrix, compressed, Unicode."""
+
+CELL, STRUCT, CHAR, SPARSE = 1, 2, 4, 5
+ARRAYS, OBJECTS = frozenset(range(4, 16)), frozenset({3, 16, 17})
+"""Class codes of arrays: text, sparse, numbers; of objects, functions, what MATLAB keeps to itself."""
+
 OPEN_FILES = 4  # COFW has two; more would be other copies of them
 
 
@@ -34,7 +45,9 @@ def load_mat(path: PathLike, *, simplify: bool = False) -> dict[str, Any]:
         raise DataError(f"{path}: MATLAB files need scipy, install it: pip install scipy") from None
     try:
         with open(path, "rb") as file:
-            return loadmat(file, simplify_cells=simplify)
+            content = file.read()
+        _check_tags(content)
+        return loadmat(io.BytesIO(content), simplify_cells=simplify)
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
     except IsADirectoryError:
@@ -112,6 +125,52 @@ def read_member(path: PathLike, member: int) -> Image.Image:
             f"{path}: image {member} must be uint8 [W, H] or [3, W, H], got {pixels.dtype} {list(pixels.shape)}"
         )
     return Image.fromarray(np.ascontiguousarray(pixels.T)).convert("RGB")
+
+
+def _check_tags(content: bytes) -> None:
+    """Raises ValueError where a file of version 5 to 7.2 has data elements that do not make up the arrays they say.
+
+    On those scipy (1.17) may read through a null pointer instead of raising, and the process is gone.
+    """
+    order = {b"IM": "<", b"MI": ">"}.get(content[126:128])
+    if order is not None and 0 not in content[:4]:
+        _check_elements(memoryview(content)[128:], order)
+
+
+def _check_elements(elements: memoryview, order: str) -> list[int]:
+    """The types of data elements, one behind the other: a tag of type and size, then the data, padded to 8 bytes."""
+    place, kinds = 0, []
+    while place + 8 <= len(elements):
+        kind, size = struct.unpack_from(f"{order}II", elements, place)
+        start, end = place + 8, place + 8 + size
+        if kind >> 16:  # the short form: size and type in one word, the data in the other
+            kind, size = kind & 0xFFFF, kind >> 16
+            start, end = place + 4, place + 8
+        if kind not in ELEMENT_TYPES or size > len(elements) - start or (start == place + 4 and size > 4):
+            raise ValueError(f"a data element has type {kind} and {size} bytes")
+        if kind == COMPRESSED:
+            _check_elements(memoryview(zlib.decompress(elements[start:end])), order)
+        elif kind == MATRIX and size:
+            _check_array(elements[start:end], order)
+        kinds.append(kind)
+        place = end if kind == COMPRESSED else end + -end % 8
+    if place < len(elements):
+        raise ValueError("the last data element is cut")
+    return kinds
+
+
+def _check_array(elements: memoryview, order: str) -> None:
+    """Flags, dimensions, name, then as many elements as an array of that class has; of objects no more is known."""
+    kinds = _check_elements(elements, order)
+    flags = struct.unpack_from(f"{order}I", elements, 8)[0] if len(elements) >= 16 else 0
+    kind, parts = flags & 0xFF, 2 if flags & 0x800 else 1
+    numbers, content = {CHAR: 1, SPARSE: 2 + parts}.get(kind, parts), kinds[3:]
+    if kind in (CELL, STRUCT):
+        fits = all(part == MATRIX for part in content[2 * (kind == STRUCT) :])
+    else:
+        fits = kind in OBJECTS or (kind in ARRAYS and len(content) == numbers and MATRIX not in content)
+    if not fits or (kind not in OBJECTS and kinds[:3] != [6, 5, 1]):
+        raise ValueError(f"an array of class {kind} has {len(kinds)} data elements")
 
 
 @lru_cache(maxsize=OPEN_FILES)

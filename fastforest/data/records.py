@@ -69,10 +69,8 @@ class Records(Sequence[Record]):
         self.landmarks, self.left_out = len(rows[0].points), left_out
         for row in rows:
             if len(row.points) != self.landmarks:
-                where = row.name or row.image
-                raise DataError(
-                    f"{where}: expected {self.landmarks} points as in {rows[0].name}, got {len(row.points)}"
-                )
+                expected = f"expected {self.landmarks} points as of {rows[0].name or rows[0].image}"
+                raise DataError(f"{row.image}: {expected}, got {len(row.points)}")
         self.points = np.stack([np.asarray(row.points, dtype=np.float32) for row in rows])
         self.visible = np.stack([np.asarray(row.visible, dtype=bool) for row in rows])
         nowhere = (np.nan,) * 4

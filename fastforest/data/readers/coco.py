@@ -65,7 +65,7 @@ def read_coco(path: PathLike, *, root: PathLike | None = None, images: bool = Tr
 def read_json(path: PathLike) -> dict[str, Any]:
     """A JSON object. Raises DataError."""
     try:
-        content = json.loads(read_text(path))
+        content = json.loads(read_text(path), parse_constant=_refuse)
     except DataError:
         raise
     except (ValueError, RecursionError) as error:
@@ -73,6 +73,11 @@ def read_json(path: PathLike) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise DataError(f"{path}: expected a JSON object, got {type(content).__name__}")
     return content
+
+
+def _refuse(constant: str) -> float:
+    """JSON has no NaN and no infinity, though Python's parser takes them."""
+    raise ValueError(f"{constant} is not a number")
 
 
 def _list(path: PathLike, content: dict[str, Any], key: str) -> list[dict[str, Any]]:

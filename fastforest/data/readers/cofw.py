@@ -14,7 +14,7 @@ from ..pts import PathLike
 from ..records import Record, Records
 from .common import existing_folder, face_box, matrix, one_line, points_of
 
-__all__ = ["cofw_file", "read_cofw", "read_cofw68"]
+__all__ = ["cofw68_files", "cofw_file", "read_cofw", "read_cofw68"]
 
 POINTS = 29
 
@@ -74,9 +74,7 @@ def read_cofw68(folder: PathLike, images: PathLike | Literal[False] | None = Non
         DataError: no such folder, no N_points.mat in it, one of another content, a row of boxes or an image missing.
     """
     root = existing_folder(folder)
-    numbered = {
-        int(match[1]): path for path in root.iterdir() if (match := re.fullmatch(r"(\d+)_points\.mat", path.name))
-    }
+    numbered = cofw68_files(root)
     if not numbered:
         raise DataError(f"{root}: holds no file N_points.mat")
     source = _test_images(root, images)
@@ -95,6 +93,12 @@ def read_cofw68(folder: PathLike, images: PathLike | Literal[False] | None = Non
         box = None if boxes is None else face_box(str(path), x - 1, y - 1, width, height)
         records.append(Record(source, points, visible, box, "cofw68/test", f"test_{number - 1:04d}", number - 1))
     return Records(records)
+
+
+def cofw68_files(folder: Path) -> dict[int, Path]:
+    """The files N_points.mat of a folder by N."""
+    matches = ((re.fullmatch(r"([0-9]{1,6})_points\.mat", path.name), path) for path in folder.iterdir())
+    return {int(match[1]): path for match, path in matches if match}
 
 
 def cofw_file(folder: Path, subset: str) -> Path | None:

@@ -13,7 +13,7 @@ from ..errors import DataError
 from ..matlab import load_mat
 from ..pts import PathLike, read_pts
 from ..records import Box, Record, Records
-from .common import existing_folder, face_box, image_beside, images_of, matrix
+from .common import existing_folder, face_box, image_beside, images_of, matrix, points_of
 
 __all__ = ["SETS", "SUBSETS", "ibug_sets", "read_ibug"]
 
@@ -83,7 +83,7 @@ def read_ibug(
     for part, path in _chosen(root, subset).items():
         listed = _boxes(places[_plain(part)], BOXES[box]) if _plain(part) in places else {}
         for file, image in _pairs(path):
-            points = read_pts(file, expected=expected, one_based=one_based)
+            points = points_of(str(file), read_pts(file, expected=expected, one_based=one_based))
             name = file.relative_to(root).with_suffix("").as_posix()
             seen = np.ones(len(points), dtype=bool)
             records.append(Record(image, points, seen, listed.get(image.stem.lower()), _source(part), name))

@@ -12,7 +12,7 @@ from ..pts import PathLike
 from ..records import Records
 from .aflw2000 import read_aflw2000
 from .coco import read_coco
-from .cofw import cofw_file, read_cofw, read_cofw68
+from .cofw import cofw68_files, cofw_file, read_cofw, read_cofw68
 from .common import images_of
 from .dlib import read_dlib
 from .ibug import SUBSETS, ibug_sets, read_ibug
@@ -62,6 +62,8 @@ def find_reader(path: PathLike, subset: str | None = None) -> Reader | None:
         DataError: a subset is asked of something that has none.
     """
     place = Path(path)
+    if subset is None and place.is_dir() and cofw68_files(place):
+        return lambda: read_cofw68(place)
     reader = _with_subset(place, subset) if place.is_dir() else None
     if reader is not None:
         return reader
@@ -83,11 +85,9 @@ def _with_subset(folder: Path, subset: str | None) -> Reader | None:
 def _folder(folder: Path) -> Reader | None:
     names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
     endings = {Path(name).suffix.lower() for name in names}
-    if any(name.endswith("_points.mat") and name[0].isdigit() for name in names):
-        return lambda: read_cofw68(folder)
     if ".asf" in endings:
         return lambda: read_imm(folder)
-    if ".ljson" in endings:
+    if ".ljson" in endings and ".pts" not in endings:
         return lambda: read_ljson(folder)
     if {".eye", ".pts"} <= endings:
         return lambda: read_bioid(folder)

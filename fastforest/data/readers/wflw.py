@@ -27,8 +27,8 @@ def read_wflw(path: PathLike, subset: str = "train", *, root: PathLike | None = 
     """Faces of list_98pt_rect_attr_train.txt or .._test.txt; an image may have several.
 
     A line: x0 y0 .. x97 y97, the box x1 y1 x2 y2, six attributes (0 or 1; `ATTRIBUTES`), the image's path. The
-    coordinates are taken to count from 0, as they stand: the set's README does not say, and the points are placed in
-    arrays as they stand by the public trainers that the set's figures come from.
+    coordinates are taken to count from 0, as they stand. The set's README does not say; HRNet's published loader reads
+    them so (it adds 1 before a transform that counts from 1).
 
     Args:
         path: WFLW's folder, that holds WFLW_annotations (or the lists at any depth) and WFLW_images; or a list.
