@@ -29,8 +29,8 @@ from .readers import (
     read_scut,
     read_wflw,
 )
-from .records import Record, Records, open_record_image
 from .recordfaces import RecordFaces
+from .records import Record, Records, open_record_image
 from .scored import ScoredFaces, face_score, read_scored_faces, synthetic_scored_faces
 from .shapes import ShapePCA, Similarity, generalized_procrustes, procrustes
 from .synthetic import draw_face, mean_shape_68
@@ -41,25 +41,33 @@ __all__ = [
     "REGIONS_68",
     "Augment",
     "Cached",
+    "Crop",
     "CropPackage",
     "DataError",
+    "DiskCache",
     "DistributionSet",
     "Face",
+    "FaceLoader",
     "Layout",
     "Plain",
     "PtsFolder",
     "Record",
+    "RecordFaces",
     "Records",
     "ScoredFaces",
+    "ShapePCA",
+    "Similarity",
     "SyntheticFaces",
     "crop_box",
     "draw_face",
     "face_score",
+    "generalized_procrustes",
     "horizontal_flip",
     "layout_of",
     "mean_shape_68",
     "open_dataset",
     "open_record_image",
+    "procrustes",
     "read_aflw2000",
     "read_bioid",
     "read_coco",
@@ -86,12 +94,4 @@ __all__ = [
     "synthetic_distributions",
     "synthetic_scored_faces",
     "write_pts",
-    "DiskCache",
-    "Crop",
-    "RecordFaces",
-    "FaceLoader",
-    "ShapePCA",
-    "Similarity",
-    "generalized_procrustes",
-    "procrustes",
 ]

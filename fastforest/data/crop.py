@@ -122,7 +122,7 @@ class Crop:
     def contains(self, points: np.ndarray | Tensor) -> np.ndarray:
         """Which points [..., 2] of the image lie on the crop's area, bool [...]; unknown ones do not."""
         moved = self.to_crop(points)
-        return ((moved >= -0.5) & (moved <= self.size - 0.5)).all(axis=-1)
+        return np.all((moved >= -0.5) & (moved <= self.size - 0.5), axis=-1)
 
     def misses(self, image: Image.Image) -> bool:
         """Whether the square shows nothing of the image, or is so much larger that the annotation must be wrong."""

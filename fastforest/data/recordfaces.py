@@ -74,7 +74,9 @@ class RecordFaces(Dataset[Face]):
         record, crop = self.records[index], self.crop(index)
         image = open_record_image(record)
         if crop.misses(image):
-            raise DataError(f"{_title(record)}: the face lies outside the image of {image.width} x {image.height} pixels")
+            raise DataError(
+                f"{_title(record)}: the face lies outside the image of {image.width} x {image.height} pixels"
+            )
         points = crop.to_crop(record.points)
         if not self.keep_outside:
             points[~crop.contains(record.points)] = np.nan
