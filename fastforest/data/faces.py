@@ -6,18 +6,16 @@ Resizing from side S to side T maps a coordinate to (old + 0.5) T / S - 0.5.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import Dataset, Subset
 
+from .crop import Crop
 from .errors import DataError
 from .pts import PathLike, open_image, read_pts, to_tensor
 from .synthetic import draw_face
@@ -26,13 +24,11 @@ if TYPE_CHECKING:
     from .recordfaces import RecordFaces
 
 __all__ = [
-    "Cached",
     "CropPackage",
     "Face",
     "FaceDataset",
     "PtsFolder",
     "SyntheticFaces",
-    "crop_box",
     "open_dataset",
     "rescale",
     "resize",
@@ -80,7 +76,7 @@ class CropPackage(Dataset[Face]):
         return len(self.names)
 
     def __getitem__(self, index: int) -> Face:
-        index = _checked(index, len(self))
+        index = checked_index(index, len(self))
         path = self.folder / self.names[index]
         image = open_image(path)
         if image.width != image.height:
@@ -107,7 +103,7 @@ class PtsFolder(Dataset[Face]):
     """
 
     def __init__(self, folder: PathLike, size: int = 256, *, expected: int = 68, one_based: bool = True) -> None:
-        _check_size("PtsFolder", size)
+        checked_size("PtsFolder", size)
         self.folder, self.size, self.expected, self.one_based = _folder(folder), size, expected, one_based
         self.files = [(path, _image_beside(path)) for path in sorted(self.folder.rglob("*.pts")) if path.is_file()]
         if not self.files:
@@ -117,14 +113,17 @@ class PtsFolder(Dataset[Face]):
         return len(self.files)
 
     def __getitem__(self, index: int) -> Face:
-        pts_path, image_path = self.files[_checked(index, len(self))]
+        pts_path, image_path = self.files[checked_index(index, len(self))]
         points = read_pts(pts_path, expected=self.expected, one_based=self.one_based)
+        try:
+            crop = Crop.around(points, self.size)
+        except ValueError as error:
+            raise DataError(f"{pts_path}: {error}") from None
         image = open_image(image_path)
-        x0, y0, side = _box_within(points, image, pts_path)
-        crop = image.crop((x0, y0, x0 + side, y0 + side))
-        resized = crop.resize((self.size, self.size), Image.Resampling.BICUBIC)
-        mapped = rescale(torch.from_numpy(points.astype(np.float64)) - torch.tensor([x0, y0]), side, self.size)
-        return Face(to_tensor(resized), mapped.float(), pts_path.relative_to(self.folder).with_suffix("").as_posix())
+        if crop.misses(image):
+            raise DataError(f"{pts_path}: the landmarks lie outside the image of {image.width} x {image.height} pixels")
+        name = pts_path.relative_to(self.folder).with_suffix("").as_posix()
+        return Face(crop.apply(image), torch.from_numpy(crop.to_crop(points)).float(), name)
 
 
 class SyntheticFaces(Dataset[Face]):
@@ -147,7 +146,7 @@ class SyntheticFaces(Dataset[Face]):
         return self.count
 
     def __getitem__(self, index: int) -> Face:
-        index = _checked(index, self.count)
+        index = checked_index(index, self.count)
         image, points = draw_face(self.seed, index, self.size)
         tensor = torch.from_numpy(image).permute(2, 0, 1).contiguous()
         return Face(tensor, torch.from_numpy(points), f"synthetic_{self.seed}_{index}")
@@ -205,97 +204,16 @@ def split(dataset: FaceDataset, every: int = 10) -> tuple[Subset[Face], Subset[F
     return Subset(source, train), Subset(source, held_out)
 
 
-class Cached(Dataset[Face]):
-    """A dataset resized to one size and kept in memory as uint8, up to a bound.
-
-    The first `max_bytes // (3 size^2)` faces have a place in one tensor that is allocated once; each is decoded when
-    it is first asked for (or by `load`). Faces beyond them are decoded every time.
-
-    Args:
-        dataset: faces that all have the same number of points.
-        size: side of the kept images, pixels.
-        max_bytes: bound of the image memory, bytes; 0 keeps nothing.
-
-    Raises:
-        ValueError: size < 1 or negative max_bytes.
-        DataError: on reading a face: as the dataset, or a number of points that differs from the first face read.
-    """
-
-    def __init__(self, dataset: FaceDataset, size: int, max_bytes: int = 1 << 30) -> None:
-        _check_size("Cached", size)
-        if max_bytes < 0:
-            raise ValueError(f"Cached: max_bytes must not be negative, got {max_bytes}")
-        self.dataset, self.size = dataset, size
-        self.capacity = min(len(dataset), max_bytes // (3 * size * size))
-        self.images = torch.empty(self.capacity, 3, size, size, dtype=torch.uint8)
-        self._points: Tensor | None = None
-        self._names: list[str | None] = [None] * self.capacity
-        self._count: int | None = None
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> Face:
-        index = _checked(index, len(self))
-        if index < self.capacity and self._points is not None and (name := self._names[index]) is not None:
-            return Face(self.images[index].clone(), self._points[index].clone(), name)
-        face = self._read(index)
-        if index < self.capacity:
-            if self._points is None:
-                self._points = torch.empty(self.capacity, *face.points.shape)
-            self.images[index], self._points[index] = face.image, face.points
-            self._names[index] = face.name
-        return face
-
-    def load(self) -> Cached:
-        """Decodes every face that has a place, so that a broken file shows at once. Returns self."""
-        for index in range(self.capacity):
-            if self._names[index] is None:
-                self[index]
-        return self
-
-    def batch(self, indices: Sequence[int] | Tensor) -> tuple[Tensor, Tensor]:
-        """Faces by index: images uint8 [B, 3, size, size] and points float32 [B, P, 2], copies.
-
-        Raises:
-            ValueError: no index. IndexError: an index outside the dataset. DataError: as the dataset.
-        """
-        order = [_checked(int(index), len(self)) for index in indices]
-        if not order:
-            raise ValueError("Cached.batch: indices must hold at least one index, got none")
-        if self._points is not None and all(i < self.capacity and self._names[i] is not None for i in order):
-            rows = torch.tensor(order)
-            return self.images[rows], self._points[rows]
-        faces = [self[index] for index in order]
-        return torch.stack([face.image for face in faces]), torch.stack([face.points for face in faces])
-
-    def _read(self, index: int) -> Face:
-        face = self.dataset[index]
-        self._count = len(face.points) if self._count is None else self._count
-        if len(face.points) != self._count:
-            raise DataError(f"{face.name}: expected {self._count} points as in the other faces, got {len(face.points)}")
-        points = rescale(face.points, face.image.shape[-1], self.size)
-        return Face(resize(face.image, self.size), points, face.name)
-
-
-def crop_box(points: np.ndarray) -> tuple[int, int, int]:
-    """The square (x0, y0, S) around landmarks [P, 2], in whole pixels: S = ceil(1.5 x the longer side of their
-    bounding box), centred on the box: x0 = round(cx - S / 2).
-
-    A crop resampled to side T maps points by (p - (x0, y0) + 0.5) T / S - 0.5.
-    """
-    low, high = points.min(axis=0).astype(np.float64), points.max(axis=0).astype(np.float64)
-    side = max(1, math.ceil(1.5 * float((high - low).max())))
-    x0, y0 = (round(float(center) - side / 2) for center in (low + high) / 2)
-    return x0, y0, side
-
-
 def resize(images: Tensor, size: int) -> Tensor:
     """Square uint8 images [..., 3, S, S] at side `size`: bilinear, antialiased, pixel areas (not centres) aligned."""
     if images.shape[-1] == size:
         return images
     batch = images.reshape(-1, *images.shape[-3:])
+    if batch.device.type != "cpu":  # bytes are resized with antialiasing on the CPU only
+        batch = batch.float()
     resized = functional.interpolate(batch, (size, size), mode="bilinear", antialias=True, align_corners=False)
+    if resized.is_floating_point():
+        resized = resized.round().clamp(0, 255).to(torch.uint8)
     return resized.reshape(*images.shape[:-2], size, size)
 
 
@@ -304,15 +222,10 @@ def rescale(points: Tensor, old: int, new: int) -> Tensor:
     return points if old == new else (points + 0.5) * (new / old) - 0.5
 
 
-def _box_within(points: np.ndarray, image: Image.Image, path: Path) -> tuple[int, int, int]:
-    """`crop_box`, refused when a wrong annotation would make it huge, empty or miss the image."""
-    x0, y0, side = crop_box(points)
-    if float(np.ptp(points, axis=0).max()) == 0:
-        raise DataError(f"{path}: all landmarks are the same point")
-    outside = x0 >= image.width or y0 >= image.height or x0 + side <= 0 or y0 + side <= 0
-    if outside or side > 8 * max(image.size):
-        raise DataError(f"{path}: the landmarks lie outside the image of {image.width} x {image.height} pixels")
-    return x0, y0, side
+def resized(face: Face, size: int) -> Face:
+    """`resize` of the image and `rescale` of the points."""
+    points = rescale(face.points, face.image.shape[-1], size)
+    return Face(resize(face.image, size), points, face.name)
 
 
 def _read_landmarks(path: Path) -> tuple[list[str], Tensor]:
@@ -358,12 +271,12 @@ def _image_beside(pts_path: Path) -> Path:
     raise DataError(f"{pts_path}: no image of the same name beside it")
 
 
-def _check_size(function: str, size: int) -> None:
+def checked_size(function: str, size: int) -> None:
     if size < 1:
         raise ValueError(f"{function}: size must be at least 1, got {size}")
 
 
-def _checked(index: int, count: int) -> int:
+def checked_index(index: int, count: int) -> int:
     """Negative indices count from the end; IndexError also ends Python's iteration protocol."""
     if not -count <= index < count:
         raise IndexError(f"face index must be in [{-count}, {count}), got {index}")

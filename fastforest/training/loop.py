@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import metrics
-from ..data import FLIP_68, Augment, Plain
+from ..data import FLIP_68, Augment, DataError, Plain
 from ..models.norm import synchronize_batch_norm
 from . import pictures, ranks, report, state
 from .errors import TrainingError
@@ -342,9 +342,19 @@ def _check_fits(config: TrainConfig, model: Any, faces: Batches) -> None:
 
 
 def mean_shape(faces: Batches, bound: int = 4096) -> Tensor:
-    """Mean landmarks [P, 2], float32, pixels of images of side `faces.size`; over the first `bound` faces."""
-    sums, count = torch.zeros(0), min(bound, len(faces))
+    """Mean landmarks [P, 2], float32, pixels of images of side `faces.size`; over the first `bound` faces, of each
+    landmark over those in which it is known.
+
+    Raises:
+        DataError: a landmark that is known in none of them.
+    """
+    count = min(bound, len(faces))
+    sums, known = torch.zeros(()), torch.zeros(())
     for rows in torch.arange(count).split(256):
-        points = faces.batch(rows)[1].double().sum(dim=0)
-        sums = points if sums.numel() == 0 else sums + points
-    return (sums / count).float()
+        points = faces.batch(rows)[1].double()
+        finite = points.isfinite().all(dim=-1)
+        sums = sums + torch.where(finite[..., None], points, 0).sum(dim=0)
+        known = known + finite.sum(dim=0)
+    if not bool((known > 0).all()):
+        raise DataError(f"landmark {int(known.argmin())} is known in none of the {count} faces")
+    return (sums / known[:, None]).float()

@@ -30,13 +30,13 @@ def read(faces: Cached, name: str) -> Cached:
     """Reads every face that has a place in memory, so that a broken file shows at once. Returns `faces`.
 
     Raises:
-        DataError: a file that cannot be read, or points that are not finite.
+        DataError: a file that cannot be read, or a face of which no landmark is known.
     """
     bar = Bar(f"reading {name}", faces.capacity)
     for index in range(faces.capacity):
         face = faces[index]
-        if not bool(face.points.isfinite().all()):
-            raise DataError(f"{face.name}: has points that are not finite")
+        if not bool(face.points.isfinite().all(dim=-1).any()):
+            raise DataError(f"{face.name}: no landmark is known")
         bar.show(index + 1)
     bar.close()
     return faces
