@@ -51,13 +51,17 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True)
 class DataConfig:
-    """path: "synthetic" or a folder, as `data.open_dataset`. faces, face_seed: how many drawn faces of which series.
-    size: side of the model's images, pixels; None: 64 for drawn faces, else 96."""
+    """path, subset: as `data.open_dataset` takes them. faces, face_seed: how many drawn faces of which series. size: side
+    of the model's images, pixels; None: 64 for drawn faces, else 96. crop, padding, fallback: as `data.RecordFaces`."""
 
     path: str = "synthetic"
     faces: int = 1000
     face_seed: int = 0
     size: int | None = None
+    subset: str | None = None
+    crop: str = "landmarks"
+    padding: float = 0.25
+    fallback: str | None = None
 
     def __post_init__(self) -> None:
         for name, least in (("faces", 10), ("face_seed", 0), ("size", 16)):

@@ -187,6 +187,59 @@ def test_configuration_that_is_refused(arguments, sentence, tmp_path, capsys, mo
     assert files(tmp_path) == []
 
 
+@pytest.fixture
+def photographs(tmp_path):
+    """Ten drawn faces in larger pictures, as an XML file of dlib, in boxes of which some cut the chin."""
+    rows = []
+    for index in range(10):
+        image, points = data.draw_face(0, index, 48)
+        canvas = np.full((80, 90, 3), 128, np.uint8)
+        canvas[10:58, 20:68] = image
+        Image.fromarray(canvas).save(tmp_path / f"{index}.png")
+        parts = "".join(f"<part name='{i:02}' x='{x + 20:.3f}' y='{y + 10:.3f}'/>" for i, (x, y) in enumerate(points))
+        rows.append(
+            f"<image file='{index}.png'><box top='14' left='24' width='36' height='{34 + 2 * index}'>{parts}</box></image>"
+        )
+    (tmp_path / "faces.xml").write_text(f"<dataset><images>{''.join(rows)}</images></dataset>")
+    return tmp_path / "faces.xml"
+
+
+def test_faces_in_memory_in_a_file_or_nowhere_train_alike(photographs, tmp_path, capsys):
+    weights = []
+    for cache, more in (("memory", []), ("off", ["--set", "train.workers=1"]), (str(tmp_path / "cache"), [])):
+        out = tmp_path / f"run{len(weights)}"
+        words = ["--set", f"train.cache={cache}", "--set", "data.crop=box", "--set", "data.padding=0", *more]
+        assert (
+            main(["train", "--data", str(photographs), *TINY[4:], "--out", str(out), "--model", "dense", *words]) == 0
+        )
+        said = capsys.readouterr().out.splitlines()
+        assert said[0].startswith(f"{photographs}: ") and said[0].endswith(
+            "landmarks lie outside their crops and are masked"
+        )
+        assert "9 faces of 32 x 32 pixels" in said[1]
+        weights.append(training.load(out / "checkpoint.pt").weights)
+    assert len(list((tmp_path / "cache").glob("*.faces"))) == 1
+    for other in weights[1:]:
+        assert all(torch.equal(tensor, other[name]) for name, tensor in weights[0].items())
+
+
+@pytest.mark.parametrize(
+    ("word", "sentence"),
+    [
+        ("train.cache=folder", "train.cache must be memory or off for synthetic, got 'folder'"),
+        ("data.crop=box", "data.crop is for sets of annotated photographs, which synthetic is not"),
+    ],
+)
+def test_what_drawn_faces_do_not_have(word, sentence, capsys, tmp_path):
+    error = complaint(capsys, "train", *TINY, "--out", tmp_path / "x", "--set", word)
+    assert error == f"fastforest: {sentence}" and files(tmp_path) == []
+
+
+def test_crop_that_does_not_exist(photographs, capsys, tmp_path):
+    error = complaint(capsys, "train", "--data", photographs, "--out", tmp_path / "x", "--set", "data.crop=circle")
+    assert error == f"fastforest: {photographs}: RecordFaces: crop must be one of landmarks, box, got 'circle'"
+
+
 def test_groups_are_made_from_the_landmarks(tmp_path, capsys):
     small = ["groups=3", "trees=1", "depth=2", "units=8", "canvas=8", "backbone_options={width = 4, code = 8}"]
     words = [part for word in small for part in ("--set", f"model.{word}")]

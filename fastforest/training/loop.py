@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import metrics
-from ..data import FLIP_68, Augment, DataError, Plain
+from ..data import Augment, DataError, Plain, layout_of
 from ..models.norm import synchronize_batch_norm
 from . import pictures, ranks, report, state
 from .errors import TrainingError
@@ -79,7 +79,7 @@ def fit(
             after every round, and steps.jsonl during it. None writes nothing.
         resume: go on from out/checkpoint.pt. Only `settings.FREE` may differ from the configuration in it.
         augment: (uint8 images, points, generator) -> (float images, points), on the model's device; default
-            `data.Augment`, mirroring only 68-point faces.
+            `data.Augment`, mirroring only faces of a known layout.
         on_round: called with the round's record once its files are written.
         settings: kept in the checkpoint, plain values: the resolved configuration of the command line.
 
@@ -134,7 +134,8 @@ class Run:
         self.log: StepLog | None = None
         torch.manual_seed(config.seed)
         self.generator = torch.Generator().manual_seed(config.seed)
-        changes = augment or Augment(train.size, flip=FLIP_68 if self.landmarks == len(FLIP_68) else None)
+        layout = layout_of(self.landmarks)
+        changes = augment or Augment(train.size, flip=layout.flip if layout else None)
         self.feed = Feed(train, changes, self.generator, self.device)
         if ranks.count() > 1:
             synchronize_batch_norm(model)
