@@ -59,8 +59,9 @@ def same(first, second, tolerance):
         )
 
 
-def test_two_ranks_end_with_the_model_of_one_process(tmp_path):
-    alone, (first, second) = work("forest"), on_two_ranks("forest", tmp_path)
+@pytest.mark.parametrize("model", ["forest", "heatmap_forest"])
+def test_two_ranks_end_with_the_model_of_one_process(model, tmp_path):
+    alone, (first, second) = work(model), on_two_ranks(model, tmp_path)
     same(first["state"], second["state"], 0.0)
     same(alone["state"], first["state"], 1e-4)
     for one, two, other in zip(alone["rounds"], first["rounds"], second["rounds"], strict=True):
