@@ -383,6 +383,14 @@ def test_scaled_loss_that_overflows_skips_the_step(faces):
     assert any(not torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
+def test_scaled_loss_that_never_fits_ends_the_run(faces):
+    model = tiny("dense", faces)
+    own = model.loss
+    model.loss = lambda *batch: own(*batch) + 0 * (next(model.parameters()).sum() * 0).sqrt()
+    with pytest.raises(TrainingError, match=r"the gradient's norm is nan in round 1, step 17"):  # 65536 / 2^17 < 1
+        training.fit(model, *faces, settings(rounds=1, steps=20, amp="fp16"), None)
+
+
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 
@@ -429,6 +437,34 @@ def test_memory_that_no_batch_has_is_one_sentence(faces, tmp_path):
         "training stopped: out of memory at 1 faces a step, and there is no smaller batch in round 1, step 1; "
         "no checkpoint was written yet"
     )
+
+
+def test_ranks_that_share_batch_norm_cannot_halve(faces, monkeypatch):
+    monkeypatch.setattr(training.ranks, "count", lambda: 2)
+    with pytest.raises(TrainingError, match="out of memory at 4 faces a step, which ranks that share BatchNorm cannot"):
+        training.fit(greedy(faces, 0, OUT_OF_MEMORY[0]), *faces, settings(), None)
+
+
+def test_batch_of_fewer_faces_than_ranks_and_a_normalizer_without_eyes_are_told(faces, monkeypatch):
+    with pytest.raises(TrainingError, match=r"train.normalizer does not suit the landmarks: .* got 5"):
+        training.fit(tiny("dense", faces), *map(Few, faces), settings(normalizer="inter_pupil"), None)
+    monkeypatch.setattr(training.ranks, "count", lambda: 5)
+    with pytest.raises(TrainingError, match=r"train.batch must be at least the number of ranks, 5, got 4"):
+        training.fit(tiny("dense", faces), *faces, settings(), None)
+
+
+class Few:
+    """Faces of five landmarks."""
+
+    def __init__(self, faces):
+        self.faces, self.size = faces, faces.size
+
+    def __len__(self):
+        return len(self.faces)
+
+    def batch(self, rows):
+        images, points = self.faces.batch(rows)
+        return images, points[:, :5]
 
 
 def test_other_errors_are_not_taken_for_memory(faces):
