@@ -51,13 +51,17 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True)
 class DataConfig:
-    """path: "synthetic" or a folder, as `data.open_dataset`. faces, face_seed: how many drawn faces of which series.
-    size: side of the model's images, pixels; None: 64 for drawn faces, else 96."""
+    """path, subset: as `data.open_dataset` takes them. faces, face_seed: how many drawn faces of which series. size: side
+    of the model's images, pixels; None: 64 for drawn faces, else 96. crop, padding, fallback: as `data.RecordFaces`."""
 
     path: str = "synthetic"
     faces: int = 1000
     face_seed: int = 0
     size: int | None = None
+    subset: str | None = None
+    crop: str = "landmarks"
+    padding: float = 0.25
+    fallback: str | None = None
 
     def __post_init__(self) -> None:
         for name, least in (("faces", 10), ("face_seed", 0), ("size", 16)):
@@ -121,6 +125,12 @@ def resolve(*layers: Mapping[str, Any]) -> Config:
     checked: Tables = {section: {} for section in known}
     checked |= {section: _checked(section, values, known) for section, values in given.items()}
     data, train = checked["data"], checked["train"]
+    able = "pretrain" in known["model"] and checked["model"].get("pretrain", True)
+    if train.get("pretrain") and not able:
+        got = f"got {train['pretrain']:g}"
+        raise ConfigError(f"train.pretrain must be 0 for model '{name}' without pretrain, {got}")
+    if train.get("pretrain"):
+        checked["model"]["pretrain"] = True
     drawn = data.get("path", DataConfig.path) == "synthetic"
     data["size"] = DEFAULT_SIZE[drawn] if data.get("size") is None else data["size"]
     if train.get("rounds") is None and train.get("minutes") is None:
@@ -278,6 +288,8 @@ def _converted(value: Any, hint: Any) -> Any:
     if isinstance(origin, type) and issubclass(origin, Sequence):
         _require(value, list | tuple)
         return [_converted(item, arguments[0]) for item in value]
+    if origin is None and isinstance(hint, type) and hint not in (Any, object, dict, list):
+        raise TypeError  # such as a module, for which no word stands
     return value
 
 
@@ -295,6 +307,9 @@ def _require(value: Any, kind: Any) -> None:
         raise TypeError
 
 
+OTHER = "a value"
+
+
 def _described(hint: Any) -> str:
     """The type in words."""
     words = {bool: "true or false", int: "a whole number", float: "a number", str: "a string", type(None): '"none"'}
@@ -302,14 +317,14 @@ def _described(hint: Any) -> str:
     if hint in words:
         return words[hint]
     if origin in (Union, types.UnionType):
-        return " or ".join(_described(argument) for argument in arguments)
+        return " or ".join(word for word in map(_described, arguments) if word != OTHER)
     if origin is tuple and arguments[1:] != (...,):
         return f"a list of {len(arguments)}: {', '.join(_described(argument) for argument in arguments)}"
     if isinstance(origin, type) and issubclass(origin, Mapping):
         return "a table"
     if isinstance(origin, type) and issubclass(origin, Sequence):
         return f"a list, each {_described(arguments[0])}"
-    return "a value"
+    return OTHER
 
 
 def _plain(value: Any) -> Any:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastforest import aligner, data, models, training
+from fastforest import aligner, config, data, models, training
 from fastforest.aligner import Aligner
 from fastforest.cli import main
 
@@ -40,10 +40,8 @@ def one_thread():
 def small_models():
     """The command line builds models of their default widths: here a sixteenth of that."""
     own = models.build
-    shrunk = {
-        "forest": {"backbone_options": {"width": 4, "code": 8}, "leaves": 16, "canvas": 8},
-        "dense": {"backbone_options": {"width": 4, "code": 8}},
-    }
+    backbone = {"backbone_options": {"width": 4, "code": 8}}
+    shrunk = {"forest": backbone | {"leaves": 16, "canvas": 8}, "dense": backbone}
 
     def build(name, config, points=None):
         small = {}
@@ -142,6 +140,112 @@ def test_resume_goes_on_with_the_settings_of_the_checkpoint(tmp_path, capsys):
     more = ["--data", "synthetic", "--faces", "30"]
     assert main(["train", *more, "--out", str(tmp_path / "run"), "--resume"]) == 2
     assert capsys.readouterr().err == f"fastforest: {path}: was written with training faces = 18, got 27\n"
+
+
+def test_configuration_from_a_file_words_and_options_is_kept_and_used(tmp_path, capsys):
+    out, path = tmp_path / "run", tmp_path / "run.toml"
+    path.write_text('[data]\npath = "synthetic"\nfaces = 20\nsize = 32\n[train]\nsteps = 2\nbatch = 8\nrounds = 9\n')
+    arguments = ["train", "--config", str(path), "--set", "train.batch=6", "--set", "augment.blur=0", "--rounds", "1"]
+    assert main([*arguments, "--print-config"]) == 0
+    printed = capsys.readouterr().out
+    assert main([*arguments, "--out", str(out)]) == 0
+    assert "18 faces of 32 x 32 pixels" in capsys.readouterr().out
+    saved = training.load(out / "checkpoint.pt")
+    chosen = config.resolve(saved.settings)
+    assert chosen.toml() == printed and (tmp_path / "run.toml").exists()
+    assert (chosen.train.batch, chosen.train.steps, chosen.train.rounds, chosen.augment["blur"]) == (6, 2, 1, 0.0)
+    # a resumed run needs nothing but its folder, and may be given what is so already
+    assert main(["train", "--out", str(out), "--resume", "--rounds", "2", "--set", "train.batch=6"]) == 0
+    assert training.load(out / "checkpoint.pt").round == 2
+    capsys.readouterr()
+    for word, was in (
+        ("train.rate=0.5", "train.rate = 0.002, got 0.5"),
+        ("model.canvas=9", "model.canvas = 32, got 9"),
+    ):
+        error = complaint(capsys, "train", "--out", out, "--resume", "--set", word)
+        assert error == f"fastforest: {out / 'checkpoint.pt'}: was written with {was}"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--set", "train.bacth=3"], "train.bacth is no key: the nearest is train.batch, a whole number"),
+        (["--set", "train.batch=many"], "train.batch must be a whole number, got 'many'"),
+        (["--set", "batch=3"], "--set must be section.key=value, got 'batch=3': the nearest is train.batch"),
+        (
+            ["--set", "train.normalizer=inter_pupil", "--set", "train.batch=0"],
+            "train.batch must be an integer of at least 1",
+        ),
+        (["--config", "none.toml"], "none.toml: No such file or directory"),
+        ([], "--data is needed: synthetic, or a folder (or data.path in --config)"),
+    ],
+)
+def test_configuration_that_is_refused(arguments, sentence, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    given = [] if not arguments else ["--data", "synthetic"]
+    assert complaint(capsys, "train", *given, *arguments).startswith(f"fastforest: {sentence}")
+    assert files(tmp_path) == []
+
+
+@pytest.fixture
+def photographs(tmp_path):
+    """Ten drawn faces in larger pictures, as an XML file of dlib, in boxes of which some cut the chin."""
+    rows = []
+    for index in range(10):
+        image, points = data.draw_face(0, index, 48)
+        canvas = np.full((80, 90, 3), 128, np.uint8)
+        canvas[10:58, 20:68] = image
+        Image.fromarray(canvas).save(tmp_path / f"{index}.png")
+        parts = "".join(f"<part name='{i:02}' x='{x + 20:.3f}' y='{y + 10:.3f}'/>" for i, (x, y) in enumerate(points))
+        rows.append(
+            f"<image file='{index}.png'><box top='14' left='24' width='36' height='{34 + 2 * index}'>{parts}</box></image>"
+        )
+    (tmp_path / "faces.xml").write_text(f"<dataset><images>{''.join(rows)}</images></dataset>")
+    return tmp_path / "faces.xml"
+
+
+def test_faces_in_memory_in_a_file_or_nowhere_train_alike(photographs, tmp_path, capsys):
+    weights = []
+    for cache, more in (("memory", []), ("off", ["--set", "train.workers=1"]), (str(tmp_path / "cache"), [])):
+        out = tmp_path / f"run{len(weights)}"
+        words = ["--set", f"train.cache={cache}", "--set", "data.crop=box", "--set", "data.padding=0", *more]
+        assert (
+            main(["train", "--data", str(photographs), *TINY[4:], "--out", str(out), "--model", "dense", *words]) == 0
+        )
+        said = capsys.readouterr().out.splitlines()
+        assert said[0].startswith(f"{photographs}: ") and said[0].endswith(
+            "landmarks lie outside their crops and are masked"
+        )
+        assert "9 faces of 32 x 32 pixels" in said[1]
+        weights.append(training.load(out / "checkpoint.pt").weights)
+    assert len(list((tmp_path / "cache").glob("*.faces"))) == 1
+    for other in weights[1:]:
+        assert all(torch.equal(tensor, other[name]) for name, tensor in weights[0].items())
+
+
+@pytest.mark.parametrize(
+    ("word", "sentence"),
+    [
+        ("train.cache=folder", "train.cache must be memory or off for synthetic, got 'folder'"),
+        ("data.crop=box", "data.crop is for sets of annotated photographs, which synthetic is not"),
+    ],
+)
+def test_what_drawn_faces_do_not_have(word, sentence, capsys, tmp_path):
+    error = complaint(capsys, "train", *TINY, "--out", tmp_path / "x", "--set", word)
+    assert error == f"fastforest: {sentence}" and files(tmp_path) == []
+
+
+def test_crop_that_does_not_exist(photographs, capsys, tmp_path):
+    error = complaint(capsys, "train", "--data", photographs, "--out", tmp_path / "x", "--set", "data.crop=circle")
+    assert error == f"fastforest: {photographs}: RecordFaces: crop must be one of landmarks, box, got 'circle'"
+
+
+def test_groups_are_made_from_the_landmarks(tmp_path, capsys):
+    small = ["groups=3", "trees=1", "depth=2", "units=8", "canvas=8", "backbone_options={width = 4, code = 8}"]
+    words = [part for word in small for part in ("--set", f"model.{word}")]
+    assert main(["train", *TINY, "--out", str(tmp_path), "--model", "heatmap_forest", *words]) == 0
+    assert len(set(training.load(tmp_path / "checkpoint.pt").config["groups"])) == 3
+    assert main(["train", "--out", str(tmp_path), "--resume", "--rounds", "2"]) == 0
 
 
 def test_train_keeps_an_earlier_run_unless_told(run, capsys):

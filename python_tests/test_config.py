@@ -18,10 +18,18 @@ def test_defaults_are_those_of_what_is_configured():
 
 
 def test_options_build_the_model():
-    chosen = resolve(parse_set("model.name=dense"), parse_set("model.backbone_options={width = 4, code = 8}"))
+    words = ["model.name=dense", "model.backbone_options.width=4", "model.backbone_options.code=8"]
+    chosen = resolve(*map(parse_set, words))
     given = {"landmarks": 3, "mean_shape": [[8.0, 8.0]] * 3, "image_size": 32}
     model = models.build(chosen.model.name, chosen.model.options | given)
-    assert model.config()["backbone_options"]["width"] == 4 and model.name == "dense"
+    assert model.config()["backbone_options"] == {"width": 4, "code": 8} and model.name == "dense"
+
+
+def test_a_share_of_pretraining_makes_a_model_that_can():
+    assert resolve({"train": {"pretrain": 0.25}}).model.options["pretrain"] is True
+    for model in ({"name": "dense"}, {"pretrain": False}):
+        with pytest.raises(ConfigError, match=r"train.pretrain must be 0 for model '\w+' without pretrain, got 0.25"):
+            resolve({"train": {"pretrain": 0.25}, "model": model})
 
 
 @pytest.mark.parametrize("name", list(models.MODELS))
@@ -79,7 +87,9 @@ def test_words_are_toml_or_else_strings(word, value):
         ("train.schedule=3", "train.schedule must be a string, got 3"),
         ("train.steepness=[1]", 'train.steepness must be a list of 2: a number, a number or "none", got [1]'),
         ("train.milestones=0.5", "train.milestones must be a list, each a number, got 0.5"),
-        ("model.blocks=[1, 2.5]", "model.blocks must be a list, each a whole number, got [1, 2.5]"),
+        ("model.backbone=3", "model.backbone must be a string, got 3"),
+        ("model.backbone_options=3", 'model.backbone_options must be a table or "none", got 3'),
+        ("model.leaf_rate=[1]", "model.leaf_rate must be a number, got [1]"),
         ("train.rate=-1", "train.rate must be a positive finite number, got -1.0"),
         ("train.schedule=poly", "train.schedule must be one of cosine, step, constant, multistep, plateau, got 'poly'"),
         ("augment.blur=2", "augment.blur must be a probability in [0, 1], got 2.0"),

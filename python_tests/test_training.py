@@ -294,14 +294,21 @@ def test_landmarks_that_are_not_known_train_nothing(faces):
         def batch(self, rows):
             images, points = faces[0].batch(rows)
             points = points.clone()
-            points[:, :30] = torch.nan
+            points[torch.as_tensor(rows) > 0, :30] = torch.nan  # known in the first face alone
             return images, points
 
-    model, weights = tiny("forest", faces), []
+    model, weights, known = tiny("forest", faces), [], []
     own = model.loss
-    model.loss = lambda images, points, weight: weights.append(weight) or own(images, points, weight)
+
+    def loss(images, points, weight):
+        weights.append(weight)
+        known.append(points.isfinite().all(-1).float())
+        return own(images, points, weight)
+
+    model.loss = loss
     history = training.fit(model, Masked(), faces[1], settings(rounds=1), None, augment=unchanged)
-    assert all(weight.shape == (4, 68) and not weight[:, :30].any() and weight[:, 30:].all() for weight in weights)
+    assert all(torch.equal(weight, one) for weight, one in zip(weights, known, strict=True))
+    assert all(weight[:, 30:].all() and not weight[:, :30].all() for weight in weights)
     assert np.isfinite(history.last["loss"]) and history.last["dead_leaves"] is not None
     assert all(bool(tensor.isfinite().all()) for tensor in model.state_dict().values())
     weights.clear()
@@ -337,8 +344,12 @@ def test_first_share_of_a_run_may_train_the_backbone_alone(faces):
     history = training.fit(model, *faces, settings(rounds=3, pretrain=0.5), None)
     assert calls == ["pretrain"] * 5 + ["loss"] * 4
     assert [record["dead_leaves"] is None for record in history.rounds] == [True, False, False]
-    with pytest.raises(TrainingError, match=r"train.pretrain must be 0 for the model 'dense', .* got 0.5"):
+    with pytest.raises(ValueError, match="pretrain_loss needs a model made with pretrain=True"):
         training.fit(tiny("dense", faces), *faces, settings(pretrain=0.5), None)
+    other = torch.nn.Linear(1, 1)
+    other.name = "line"
+    with pytest.raises(TrainingError, match=r"train.pretrain must be 0 for the model 'line', .* got 0.5"):
+        training.fit(other, *faces, settings(pretrain=0.5), None)
 
 
 def test_leaves_are_updated_as_often_as_asked(faces):
@@ -377,6 +388,14 @@ def test_scaled_loss_that_overflows_skips_the_step(faces):
     training.fit(model, *faces, settings(rounds=1, amp="fp16"), None)
     same_state(states[1], states[2])
     assert any(not torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_scaled_loss_that_never_fits_ends_the_run(faces):
+    model = tiny("dense", faces)
+    own = model.loss
+    model.loss = lambda *batch: own(*batch) + 0 * (next(model.parameters()).sum() * 0).sqrt()
+    with pytest.raises(TrainingError, match=r"the gradient's norm is nan in round 1, step 17"):  # 65536 / 2^17 < 1
+        training.fit(model, *faces, settings(rounds=1, steps=20, amp="fp16"), None)
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------
@@ -425,6 +444,34 @@ def test_memory_that_no_batch_has_is_one_sentence(faces, tmp_path):
         "training stopped: out of memory at 1 faces a step, and there is no smaller batch in round 1, step 1; "
         "no checkpoint was written yet"
     )
+
+
+def test_ranks_that_share_batch_norm_cannot_halve(faces, monkeypatch):
+    monkeypatch.setattr(training.ranks, "count", lambda: 2)
+    with pytest.raises(TrainingError, match="out of memory at 4 faces a step, which ranks that share BatchNorm cannot"):
+        training.fit(greedy(faces, 0, OUT_OF_MEMORY[0]), *faces, settings(), None)
+
+
+def test_batch_of_fewer_faces_than_ranks_and_a_normalizer_without_eyes_are_told(faces, monkeypatch):
+    with pytest.raises(TrainingError, match=r"train.normalizer does not suit the landmarks: .* got 5"):
+        training.fit(tiny("dense", faces), *map(Few, faces), settings(normalizer="inter_pupil"), None)
+    monkeypatch.setattr(training.ranks, "count", lambda: 5)
+    with pytest.raises(TrainingError, match=r"train.batch must be at least the number of ranks, 5, got 4"):
+        training.fit(tiny("dense", faces), *faces, settings(), None)
+
+
+class Few:
+    """Faces of five landmarks."""
+
+    def __init__(self, faces):
+        self.faces, self.size = faces, faces.size
+
+    def __len__(self):
+        return len(self.faces)
+
+    def batch(self, rows):
+        images, points = self.faces.batch(rows)
+        return images, points[:, :5]
 
 
 def test_other_errors_are_not_taken_for_memory(faces):
@@ -514,21 +561,35 @@ def test_checkpoint_is_plain_data_and_rebuilds_the_model(run, faces):
     assert not model.training and model.config() == content["config"]
 
 
-def test_checkpoint_of_version_1_is_read_and_goes_on(faces, tmp_path):
-    config = settings(rounds=2, amp=True)
-    whole, parts = tiny("dense", faces), tiny("dense", faces)
+@pytest.mark.parametrize("name", ["forest", "dense"])
+def test_checkpoint_of_version_1_is_read_and_goes_on(name, faces, tmp_path):
+    config, path = settings(rounds=2, amp=True, ema=0.5), tmp_path / "checkpoint.pt"
+    whole, parts = tiny(name, faces), tiny(name, faces)
     training.fit(whole, *faces, config, None)
     with pytest.raises(Interruption):
         training.fit(parts, *faces, config, tmp_path, on_round=stop_after(1))
-    content = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-    for name in ("scaler", "batch", "settings"):
-        del content[name]
-    content["train"] = {name: content["train"][name] for name in VERSION_1_TRAIN} | {"amp": True}
-    torch.save(content | {"version": 1}, tmp_path / "checkpoint.pt")
-    old = training.load(tmp_path / "checkpoint.pt")
+    content = torch.load(path, weights_only=True)
+    torch.save(as_version_1(content), path)
+    old = training.load(path)
     assert (old.batch, old.scaler, old.settings) == (4, {}, {})
-    training.fit(parts, *faces, config, tmp_path, resume=True)
-    same_state(whole.state_dict(), parts.state_dict())
+    same_state(old.build(path).state_dict(), content["weights"] | content["ema"])
+    other = old.build(path)
+    training.fit(other, *faces, config, tmp_path, resume=True)
+    same_state(whole.state_dict(), other.state_dict())
+
+
+def as_version_1(content):
+    """What version 1 would have written."""
+    old = {key: value for key, value in content.items() if key not in ("scaler", "batch", "settings")}
+    later = ("backbone", "backbone_options", "pretrain", "decode")
+    old["config"] = {key: value for key, value in content["config"].items() if key not in later}
+    old["config"] |= content["config"]["backbone_options"] | {"blocks": [1, 1, 1, 1]}
+    old["train"] = {name: content["train"][name] for name in VERSION_1_TRAIN} | {"amp": True}
+    if content["model"] == "dense":
+        for part in ("weights", "ema"):
+            names = {key: key.replace("heads.0.", "head.").replace("maps.0.", "maps.") for key in content[part]}
+            old[part] = {names[key]: tensor for key, tensor in content[part].items()}
+    return old | {"version": 1}
 
 
 VERSION_1_TRAIN = (

@@ -59,8 +59,9 @@ def same(first, second, tolerance):
         )
 
 
-def test_two_ranks_end_with_the_model_of_one_process(tmp_path):
-    alone, (first, second) = work("forest"), on_two_ranks("forest", tmp_path)
+@pytest.mark.parametrize("model", ["forest", "heatmap_forest"])
+def test_two_ranks_end_with_the_model_of_one_process(model, tmp_path):
+    alone, (first, second) = work(model), on_two_ranks(model, tmp_path)
     same(first["state"], second["state"], 0.0)
     same(alone["state"], first["state"], 1e-4)
     for one, two, other in zip(alone["rounds"], first["rounds"], second["rounds"], strict=True):
@@ -94,7 +95,7 @@ def test_memory_that_runs_out_on_one_rank_halves_the_batch_of_all(tmp_path):
 
 
 def test_command_line_on_two_ranks_has_one_voice_and_resumes(tmp_path):
-    small = ["--set=model.width=8", "--set=model.code=8", "--set=model.leaves=16", "--set=model.canvas=8"]
+    small = ["--set=model.backbone_options={width = 8, code = 8}", "--set=model.leaves=16", "--set=model.canvas=8"]
     base = ["-m", "fastforest", "train", "--data", "synthetic", "--faces", "20", "--size", "32", "--out", "run"]
     (out, _), (silent, _) = launch([*base, "--rounds", "1", "--steps", "2", "--batch", "5", *small], tmp_path)
     assert out.splitlines()[0].endswith("at most 1 rounds, 2 ranks") and silent == ""

@@ -53,7 +53,7 @@ def train(
     train_faces, held_out = (Cached(SyntheticFaces(n, SIZE, seed), SIZE).load() for n, seed in ((12, 1), (5, 2)))
     torch.manual_seed(0)
     given = {"landmarks": 68, "mean_shape": training.mean_shape(train_faces).tolist(), "image_size": SIZE}
-    small = {"canvas": 8, "leaves": 16, "rank": 8, "width": 4, "code": 8}
+    small = {"canvas": 8, "leaves": 16, "rank": 8, "backbone_options": {"width": 4, "code": 8}}
     model: Any = models.build("forest", given | small)
     if change is not None:
         change(model)

@@ -1,6 +1,7 @@
 """One rank of a training run: python training_ranks.py RUN OUT under torchrun's environment, or `work(run)` alone.
 
-RUN: "forest" (group norm, faces of which some landmarks are unknown, leaf steps), "batch_norm", "minutes", "memory".
+RUN: "forest", "heatmap_forest" (group norm, faces of which some landmarks are unknown), "batch_norm", "minutes",
+"memory".
 """
 
 from __future__ import annotations
@@ -40,10 +41,12 @@ def work(run: str) -> dict[str, Any]:
     train, held_out = (Cached(SyntheticFaces(count, SIZE, seed), SIZE).load() for count, seed in ((13, 1), (5, 2)))
     torch.manual_seed(0)
     given = {"landmarks": 68, "mean_shape": training.mean_shape(train).tolist(), "image_size": SIZE}
-    small = {"canvas": 8, "leaves": 16, "rank": 8, "width": 8, "code": 8}
-    model: Any = models.build("forest", given | small)
-    if run != "batch_norm":
-        to_groups(model)
+    backbone = {"width": 8, "code": 8, "norm": "batch" if run == "batch_norm" else "group"}
+    small: dict[str, Any] = {"canvas": 8, "leaves": 16, "rank": 8}
+    if run == "heatmap_forest":
+        small = {"canvas": 8, "trees": 2, "depth": 2, "units": 8, "groups": [i // 34 for i in range(68)]}
+    name = run if run in models.MODELS else "forest"
+    model: Any = models.build(name, given | small | {"backbone_options": backbone})
     limits: dict[str, Any] = {"rounds": 2, "steps": 3}
     if run == "minutes":
         limits = {"minutes": 0.02, "steps": 3}
@@ -53,18 +56,9 @@ def work(run: str) -> dict[str, Any]:
         fail_once(model)
     # 7 faces a step and a leaf batch of 1 face: parts that differ in size, and one that is empty.
     config = training.TrainConfig(**limits, batch=7, warmup=2, rate=3e-3, leaf_faces=8, ema=0.9)
-    history = training.fit(model, Hidden(train) if run == "forest" else train, held_out, config)
+    history = training.fit(model, Hidden(train) if run in models.MODELS else train, held_out, config)
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     return {"state": dict(model.state_dict()), "gradients": gradients, "rounds": history.rounds}
-
-
-def to_groups(module: torch.nn.Module) -> None:
-    """Every BatchNorm becomes a GroupNorm."""
-    for name, child in module.named_children():
-        if isinstance(child, torch.nn.BatchNorm2d):
-            setattr(module, name, torch.nn.GroupNorm(2, child.num_features))
-        else:
-            to_groups(child)
 
 
 def fail_once(model: Any) -> None:

@@ -10,7 +10,9 @@ import torch
 
 from .. import config, data, metrics, models, training
 from ..training import checkpoint, ranks, report
-from .common import BadInput, add_machine, build_model, check_writable, device, open_faces, real, whole
+from ..training.settings import FREE
+from .common import BadInput, add_machine, check_writable, device, real, whole
+from .sets import open_sets
 
 __all__ = ["add_arguments", "train"]
 
@@ -29,6 +31,10 @@ FLAGS = {
     "seed": "train.seed",
 }
 """Options that stand for keys of the configuration. `--rounds` and `--minutes` do too, each instead of the other."""
+
+ANY_DATA = ("path", "faces", "face_seed", "subset")
+"""Keys that a resumed run may have otherwise: folders move, and `fit` sees how many faces there are."""
+GROUPED_FACES = 1024
 
 
 def train(options: argparse.Namespace) -> None:
@@ -59,8 +65,7 @@ def _train(
     if existing.exists() and not (options.resume or options.overwrite):
         raise BadInput(f"{existing}: exists already, continue it with --resume or replace it with --overwrite")
     check_writable(out)
-    drawn = argparse.Namespace(data=path, faces=chosen.data.faces, face_seed=chosen.data.face_seed)
-    train_faces, held_out = training.training_sets(open_faces(drawn, size), size, path)
+    train_faces, held_out = open_sets(chosen)
     landmarks = held_out.batch([0])[1].shape[1]
     if saved and saved.landmarks != landmarks:
         raise BadInput(f"{path}: has {landmarks} points, but {existing} was trained with {saved.landmarks}")
@@ -70,14 +75,14 @@ def _train(
     else:
         shape = training.mean_shape(train_faces)
         given = {"landmarks": landmarks, "mean_shape": shape.tolist(), "image_size": size}
-        model = build_model(chosen.model.name, chosen.model.options | given)
+        model = _built(chosen.model, given, train_faces)
     model.to(here)
     speaks = ranks.rank() == 0
     if speaks:
         print(_opening(model, chosen, len(train_faces), len(held_out)), flush=True)
     if options.overwrite and speaks:
         _clear(out)
-    flip = data.FLIP_68 if landmarks == len(data.FLIP_68) else None
+    layout = data.layout_of(landmarks)
     history = training.fit(
         model,
         train_faces,
@@ -85,7 +90,7 @@ def _train(
         chosen.train,
         out,
         resume=options.resume,
-        augment=data.Augment(size, flip=flip, **chosen.augment),
+        augment=data.Augment(size, flip=layout.flip if layout else None, **chosen.augment),
         on_round=lambda r: print(report.round_line(r), flush=True),
         settings=chosen.as_dict(),
     )
@@ -94,6 +99,17 @@ def _train(
         normalizer = chosen.train.normalizer or training.default_normalizer(landmarks)
         print(metrics.evaluate(pred, truth, normalizer, chosen.train.threshold))
         print(f"checkpoint {history.checkpoint}\npicture    {history.picture}")
+
+
+def _built(chosen: config.ModelConfig, given: dict[str, Any], faces: Any) -> Any:
+    """A number of groups becomes groups of landmarks by the first faces of the training set."""
+    groups, points = chosen.options.get("groups"), None
+    if isinstance(groups, int) and groups > 1:
+        points = faces.batch(range(min(GROUPED_FACES, len(faces))))[1]
+    try:
+        return models.build(chosen.name, chosen.options | given, points)
+    except ValueError as error:
+        raise BadInput(f"model '{chosen.name}': {error}") from None
 
 
 def _chosen(options: argparse.Namespace, saved: checkpoint.Checkpoint | None) -> config.Config:
@@ -107,11 +123,12 @@ def _chosen(options: argparse.Namespace, saved: checkpoint.Checkpoint | None) ->
             layers.append({section: {name: value}})
     if options.rounds or options.minutes:
         layers.append({"train": {"rounds": options.rounds, "minutes": options.minutes}})
+    settings = {} if saved is None else _settings(saved)
+    if not options.print_config and "path" not in config.merged(settings, *layers).get("data", {}):
+        raise BadInput("--data is needed: synthetic, or a folder (or data.path in --config)")
     if saved is None:
-        if not options.print_config and "path" not in config.merged(*layers).get("data", {}):
-            raise BadInput("--data is needed: synthetic, or a folder (or data.path in --config)")
         return config.resolve(*layers)
-    before = config.resolve(_settings(saved))
+    before = config.resolve(settings)
     now = config.resolve(before.as_dict(), *layers)
     _check_unchanged(options.out / "checkpoint.pt", before, now)
     return now
@@ -131,12 +148,11 @@ def _settings(saved: checkpoint.Checkpoint) -> dict[str, Any]:
 
 
 def _check_unchanged(path: Path, before: config.Config, now: config.Config) -> None:
-    """Of the sections that `fit` does not see; of the data it sees how many faces there are."""
     then, given = before.as_dict(), now.as_dict()
-    for section, keys in (("model", given["model"]), ("augment", given["augment"]), ("data", ["size"])):
+    for section, keys in given.items():
         for key in keys:
             was, got = then[section].get(key), given[section][key]
-            if was != got:
+            if was != got and key not in (*FREE, *ANY_DATA):
                 raise BadInput(f"{path}: was written with {section}.{key} = {was!r}, got {got!r}")
 
 

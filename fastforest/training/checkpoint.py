@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .older import from_version_1
+
 __all__ = ["Checkpoint", "CheckpointError", "load", "save", "write_atomically", "write_text"]
 
 FORMAT = "fastforest checkpoint"
@@ -121,7 +123,7 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise CheckpointError(f"{path}: not a checkpoint of fastforest")
     if content.get("version") == 1:
-        content = _from_version_1(content)
+        content = from_version_1(content)
     if content.get("version") != VERSION:
         raise CheckpointError(
             f"{path}: checkpoint version {content.get('version')}, this library reads 1 and {VERSION}"
@@ -130,12 +132,6 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
     if missing:
         raise CheckpointError(f"{path}: the checkpoint lacks '{missing[0]}'")
     return Checkpoint(**{field.name: content[field.name] for field in fields(Checkpoint)})
-
-
-def _from_version_1(content: dict[str, Any]) -> dict[str, Any]:
-    """Version 1 had no loss scaling, no batch but the configured one, and no settings."""
-    batch = content.get("train", {}).get("batch")
-    return content | {"version": 2, "scaler": {}, "batch": batch, "settings": {}}
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:

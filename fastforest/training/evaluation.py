@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import metrics
 from ..data import Plain
 from . import ranks
-from .feed import Batches
+from .feed import Batches, read_ahead
 
 __all__ = ["default_normalizer", "predict", "predict_over_ranks"]
 
@@ -35,8 +35,7 @@ def _predict(model: Any, faces: Batches, order: Tensor, batch: int) -> tuple[Ten
     model.eval()
     device = next(model.parameters()).device
     plain, predicted, truths = Plain(faces.size), [], []
-    for rows in order.split(batch):
-        images, points = faces.batch(rows)
+    for images, points in read_ahead(faces, order.split(batch)):
         images, points = plain(images.to(device), points.to(device))
         predicted.append(model(images).float())
         truths.append(points)

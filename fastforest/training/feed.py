@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import ranks
 
-__all__ = ["Augmentation", "Batch", "Batches", "Feed"]
+__all__ = ["Augmentation", "Batch", "Batches", "Feed", "part", "read_ahead"]
 
 Augmentation = Callable[[Tensor, Tensor, torch.Generator], tuple[Tensor, Tensor]]
 
@@ -52,9 +52,8 @@ class Feed:
         return torch.cat(orders)[:count]
 
     def read(self, orders: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        """(images uint8, points) of each order, read ahead where the set can."""
-        ahead = getattr(self.faces, "batches", None)
-        return map(self.faces.batch, orders) if ahead is None else ahead(orders)
+        """(images uint8, points) of each order."""
+        return read_ahead(self.faces, orders)
 
     def augmented(self, images: Tensor, points: Tensor) -> Batch:
         """As `part`, of the faces as they are drawn for training.
@@ -63,6 +62,12 @@ class Feed:
         """
         moved = images.to(self.device, non_blocking=True), points.to(self.device, non_blocking=True)
         return part(*self.augment(*moved, self.generator))
+
+
+def read_ahead(faces: Batches, orders: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """(images, points) of each order, ahead where the set can."""
+    ahead = getattr(faces, "batches", None)
+    return map(faces.batch, orders) if ahead is None else ahead(orders)
 
 
 def part(images: Tensor, points: Tensor) -> Batch:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import metrics
-from ..data import FLIP_68, Augment, DataError, Plain
+from ..data import Augment, DataError, Plain, layout_of
 from ..models.norm import synchronize_batch_norm
 from . import pictures, ranks, report, state
 from .errors import TrainingError
@@ -53,7 +53,8 @@ def fit(
 ) -> History:
     """Trains in rounds; evaluates on the held-out faces after each.
 
-    First, once, a model that has `start(images, points)` sees a bounded sample of plain training faces. A round:
+    First, once, a model that has `start(images, points)` sees a bounded sample of plain training faces, with the mean
+    shape in place of unknown landmarks. A round:
     network steps (AdamW on `model.loss` of augmented batches), then, for a model with leaves, statistics over at most
     `leaf_faces` training faces (`model.accumulate`) and the closed-form `model.update()`. A landmark that is NaN has
     weight 0.
@@ -78,7 +79,7 @@ def fit(
             after every round, and steps.jsonl during it. None writes nothing.
         resume: go on from out/checkpoint.pt. Only `settings.FREE` may differ from the configuration in it.
         augment: (uint8 images, points, generator) -> (float images, points), on the model's device; default
-            `data.Augment`, mirroring only 68-point faces.
+            `data.Augment`, mirroring only faces of a known layout.
         on_round: called with the round's record once its files are written.
         settings: kept in the checkpoint, plain values: the resolved configuration of the command line.
 
@@ -133,7 +134,8 @@ class Run:
         self.log: StepLog | None = None
         torch.manual_seed(config.seed)
         self.generator = torch.Generator().manual_seed(config.seed)
-        changes = augment or Augment(train.size, flip=FLIP_68 if self.landmarks == len(FLIP_68) else None)
+        layout = layout_of(self.landmarks)
+        changes = augment or Augment(train.size, flip=layout.flip if layout else None)
         self.feed = Feed(train, changes, self.generator, self.device)
         if ranks.count() > 1:
             synchronize_batch_norm(model)
@@ -152,10 +154,12 @@ class Run:
             return
         faces = min(self.config.leaf_faces or START_FACES, len(self.train))
         images, points = self.train.batch(self.feed.order(faces))
-        sample = part(*Plain(self.train.size)(images.to(self.device), points.to(self.device)))
+        images, points, weight, _ = part(*Plain(self.train.size)(images.to(self.device), points.to(self.device)))
+        if weight is not None:  # an unknown landmark is where it is in the mean
+            points = torch.where((weight > 0)[..., None], points, self.shape.to(points))
         self.model.eval()
         with torch.no_grad():
-            self.model.start(sample.images, sample.points)
+            self.model.start(images, points)
 
     def go(self, on_round: Callable[[dict[str, Any]], None] | None) -> History:
         with contextlib.ExitStack() as stack:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..data import Cached, DataError, split
+from ..data import Cached, DataError, FaceLoader, split
 from .report import Bar
 
 __all__ = ["read", "training_sets"]
 
 
-def training_sets(dataset: Any, size: int, name: str) -> tuple[Cached, Cached]:
-    """(train, held_out) at side `size`: every tenth face (index % 10 == 9) is held out. All are read.
+def training_sets(
+    dataset: Any, size: int, name: str, *, keep: bool = True, workers: int = 0, pin: bool = False
+) -> tuple[Any, Any]:
+    """(train, held_out) at side `size`: every tenth face (index % 10 == 9) is held out.
 
     Args:
         dataset: a `data` set.
         name: of the set, for the error's sentence.
+        keep: gives `Cached`, all read now; False: `FaceLoader` with `workers` and `pin`, which reads when asked.
 
     Raises:
         DataError: fewer than 10 faces, or as `read`.
@@ -23,6 +26,8 @@ def training_sets(dataset: Any, size: int, name: str) -> tuple[Cached, Cached]:
     if len(dataset) < 10:
         raise DataError(f"{name}: needs at least 10 faces to hold every tenth out, got {len(dataset)}")
     train, held_out = split(dataset)
+    if not keep:
+        return FaceLoader(train, size, workers=workers, pin=pin), FaceLoader(held_out, size, workers=workers, pin=pin)
     return read(Cached(train, size), name), read(Cached(held_out, size), name)
 
 

@@ -46,7 +46,8 @@ class TrainConfig:
     clip: largest norm of the gradient; None: not clipped.
     ema: decay of the weights' running average, used for evaluation; None: no average.
     amp: autocast of the network steps: "off", "bf16", or "fp16" with a scaled loss. True and False are "bf16", "off".
-    workers, pin, cache: how faces are read, where the set knows how: processes, pinned memory, decoded faces kept.
+    cache: decoded faces are kept in "memory", or nowhere ("off"), or in a file in the folder of that name.
+    workers, pin: processes that read ahead, into pinned memory, what is not in memory.
     seed: of the order, augmentation and dropout (not of the model's first weights).
     normalizer: of the metrics; None: "inter_ocular" where the number of landmarks has it, else "box".
     threshold: of failure rate and AUC.
@@ -77,7 +78,7 @@ class TrainConfig:
     amp: str | bool = "off"
     workers: int = 0
     pin: bool = False
-    cache: bool = True
+    cache: str = "memory"
     seed: int = 0
     normalizer: str | None = None
     threshold: float = 0.08

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -129,10 +130,16 @@ def _checkpoint(run: Run) -> Checkpoint:
 def _check_same_run(run: Run, path: Path, saved: Checkpoint) -> None:
     now = {"model": run.model.name, "training faces": len(run.train), **asdict(run.config)}
     then = {"model": saved.model, "training faces": saved.faces, **asdict(TrainConfig.from_dict(saved.train))}
-    now["config"], then["config"] = run.model.config(), saved.config
+    now["config"], then["config"] = run.model.config(), _defaults(run.model) | saved.config
     for name in now:
         if name not in FREE and now[name] != then[name]:
             raise CheckpointError(f"{path}: was written with {name} = {_short(then[name])}, got {_short(now[name])}")
+
+
+def _defaults(model: Any) -> dict[str, Any]:
+    """Of arguments that the model may have got since the checkpoint was written."""
+    parameters = inspect.signature(type(model)).parameters.values()
+    return {parameter.name: parameter.default for parameter in parameters if parameter.default is not parameter.empty}
 
 
 def _short(value: Any) -> str:

@@ -1,0 +1,55 @@
+"""The faces that a configuration names, as training takes them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .. import data, training
+from ..config import Config, DataConfig
+from ..training import ranks
+from .common import BadInput
+
+__all__ = ["open_sets"]
+
+
+def open_sets(chosen: Config) -> tuple[Any, Any]:
+    """(train, held_out) of a resolved configuration; says how many landmarks its crops leave outside.
+
+    Raises:
+        DataError: as `data.open_dataset`, `RecordFaces`, `DiskCache` and `training.training_sets`. BadInput: settings
+            that the set does not allow.
+    """
+    dataset, train, size = _dataset(chosen.data), chosen.train, _size(chosen.data)
+    masked = getattr(dataset, "masked", 0)
+    if masked and ranks.rank() == 0:
+        print(f"{chosen.data.path}: {masked} landmarks lie outside their crops and are masked", flush=True)
+    if train.cache not in ("memory", "off"):
+        if not isinstance(dataset, data.RecordFaces):
+            raise BadInput(f"train.cache must be memory or off for {chosen.data.path}, got {train.cache!r}")
+        dataset = data.DiskCache(dataset, train.cache, size)
+    kept = train.cache == "memory"
+    return training.training_sets(dataset, size, chosen.data.path, keep=kept, workers=train.workers, pin=train.pin)
+
+
+def _dataset(chosen: DataConfig) -> Any:
+    size = max(16, _size(chosen))
+    try:
+        dataset = data.open_dataset(
+            chosen.path, size=size, count=chosen.faces, seed=chosen.face_seed, subset=chosen.subset
+        )
+        crop = {"crop": chosen.crop, "padding": chosen.padding, "fallback": chosen.fallback}
+        if isinstance(dataset, data.RecordFaces):
+            return data.RecordFaces(dataset.records, size, **crop)  # type: ignore[arg-type]
+    except ValueError as error:
+        if isinstance(error, data.DataError):
+            raise
+        raise BadInput(f"{chosen.path}: {error}") from None
+    changed = [name for name, value in crop.items() if value != getattr(DataConfig, name)]
+    if changed:
+        raise BadInput(f"data.{changed[0]} is for sets of annotated photographs, which {chosen.path} is not")
+    return dataset
+
+
+def _size(chosen: DataConfig) -> int:
+    assert chosen.size is not None  # a resolved configuration has it
+    return chosen.size
