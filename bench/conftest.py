@@ -57,18 +57,26 @@ def summary(times: list[float]) -> dict[str, float]:
     return {"median": 1e3 * statistics.median(times), "p20": pick(0.2), "p80": pick(0.8)}
 
 
+HOPELESS = 8
+
+
 def take_turns(contenders: Mapping[str, Run], rounds: int) -> dict[str, dict[str, float]]:
-    """Median and 20/80 % of every contender, called in rotation; short ones several times a turn."""
-    repeats = {}
+    """Median and 20/80 % of every contender, called in rotation; short ones several times a turn.
+
+    A contender that took over 0.5 s and more than `HOPELESS` times the fastest's at first is not called again.
+    """
+    times: dict[str, list[float]] = {}
     for name, run in contenders.items():
         run()
         synchronize(DEVICE)
         start = time.perf_counter()
         run()
         synchronize(DEVICE)
-        repeats[name] = max(1, min(50, int(0.02 / max(time.perf_counter() - start, 1e-6))))
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    names = list(contenders)
+        times[name] = [time.perf_counter() - start]
+    first = {name: taken[0] for name, taken in times.items()}
+    names = [name for name in contenders if first[name] < max(0.5, HOPELESS * min(first.values()))]
+    repeats = {name: max(1, min(50, int(0.02 / max(first[name], 1e-6)))) for name in names}
+    times |= {name: [] for name in names}
     gc.disable()
     for turn in range(rounds):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:

@@ -22,7 +22,15 @@ from torch import Tensor
 from .data import LINES_68, layout_of
 from .metrics import auc, aurc, ced, failure_rate, risk_coverage
 
-__all__ = ["annotate", "ced_figure", "contact_sheet", "curves_figure", "regions_figure", "risk_coverage_figure"]
+__all__ = [
+    "annotate",
+    "ced_figure",
+    "contact_sheet",
+    "curves_figure",
+    "regions_figure",
+    "risk_coverage_figure",
+    "rows_figure",
+]
 
 Array = np.ndarray
 Points = np.ndarray | Tensor
@@ -234,6 +242,38 @@ def regions_figure(regions: Mapping[str, Mapping[str, float]], normalizer: str, 
     axes.set_axisbelow(True)
     _finish(figure, [axes], title)
     axes.grid(axis="x", visible=False)
+    return _rgb(figure)
+
+
+def rows_figure(tables: Mapping[str, Mapping[str, Sequence[float]]], unit: str) -> Array:
+    """Tables as dots: a panel a table, a line a row; small dots are its values, the large one their mean.
+
+    Args:
+        tables: by title, by row, its values (one a seed).
+        unit: of the values, below the last panel.
+
+    Returns:
+        uint8 [H, 900, 3], H as the rows need.
+    """
+    heights = [len(rows) + 1.2 for rows in tables.values()]
+    figure = Figure(figsize=(9, 0.32 * sum(heights) + 0.5), dpi=DPI, layout="constrained")
+    panels = figure.subplots(len(tables), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
+    for axes, (title, rows) in zip(panels, tables.items(), strict=True):
+        best = min(rows, key=lambda label: float(np.mean(rows[label])))
+        for place, (label, values) in enumerate(rows.items()):
+            colour = SERIES[2] if label == best else SERIES[0]
+            mean = float(np.mean(values))
+            axes.plot(values, [place] * len(values), "o", color=colour, ms=3.5, alpha=0.6)
+            axes.plot([mean], [place], "o", color=colour, ms=7)
+            axes.annotate(
+                f"{mean:.2f}", (max(values), place), (7, 0), textcoords="offset points", va="center", fontsize=8
+            )
+        axes.set_yticks(range(len(rows)), list(rows), fontsize=8.5)
+        axes.set_ylim(len(rows) - 0.4, -0.6)
+        axes.margins(x=0.12)
+        axes.set_title(title, loc="left", fontsize=9.5, color=INK)
+    panels[-1].set_xlabel(unit)
+    _finish(figure, list(panels), "")
     return _rgb(figure)
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import os
+import time
 
 import numpy as np
 import pytest
@@ -95,7 +96,8 @@ def test_resumed_run_equals_uninterrupted_run_bit_for_bit(name, faces, tmp_path)
     same_state(first.rng, second.rng)
     assert (first.step, first.round) == (second.step, second.round) == (12, 4)
     pictures = [sorted((tmp_path / part / "rounds").iterdir()) for part in ("whole", "parts")]
-    assert [p.name for p in pictures[0]] == [p.name for p in pictures[1]] == [f"round_000{i}.png" for i in range(1, 5)]
+    expected_names = [f"{kind}_000{i}.png" for kind in ("inside", "round") for i in range(1, 5)]
+    assert [p.name for p in pictures[0]] == [p.name for p in pictures[1]] == expected_names
 
 
 def test_two_rounds_then_two_more_equal_four_with_a_constant_rate(faces, tmp_path):
@@ -133,7 +135,13 @@ def test_training_reduces_the_error_and_writes_a_line_and_a_picture_a_round(face
         0
     ].keys()
     assert history.picture == tmp_path / "rounds" / "round_0003.png" and history.picture.stat().st_size > 1000
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint.pt", "metrics.jsonl", "rounds"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "best.pt",
+        "checkpoint.pt",
+        "metrics.jsonl",
+        "rounds",
+        "steps.jsonl",
+    ]
 
 
 def test_leaf_steps_change_the_pool_and_can_be_left_out(faces):
@@ -244,7 +252,7 @@ def test_resume_refuses_another_run(faces, tmp_path):
         ({"warmup": 0.1}, "warmup must be an integer of at least 0, got 0.1"),
         ({"ema": 1.0}, r"ema must be in \[0, 1\), got 1.0"),
         ({"steepness": (0.0, 2.0)}, r"steepness must be two positive numbers, got \(0.0, 2.0\)"),
-        ({"schedule": "poly"}, "schedule must be one of cosine, step, constant, got 'poly'"),
+        ({"schedule": "poly"}, "schedule must be one of cosine, step, constant, multistep, plateau, got 'poly'"),
         ({"annealing": "cosine"}, "annealing must be one of linear, exponential, got 'cosine'"),
         ({"normalizer": "nose"}, "normalizer must be one of inter_ocular, inter_pupil, box, got 'nose'"),
     ],
@@ -269,7 +277,7 @@ def test_schedules_meet_their_ends_and_refuse_the_rest():
     assert factor("constant", 0.7) == 1.0
     assert training.anneal("linear", 2.0, 4.0, 2.0) == 4.0 and training.anneal("exponential", 2.0, 8.0, 0.5) == 4.0
     for call, message in (
-        (lambda: factor("x", 0.1), "kind must be one of cosine, step, constant, got 'x'"),
+        (lambda: factor("x", 0.1), "kind must be one of cosine, step, constant, multistep, got 'x'"),
         (lambda: training.anneal("x", 1, 2, 0.5), "kind must be one of linear, exponential, got 'x'"),
         (lambda: training.anneal("exponential", 0, 2, 0.5), "exponential needs positive bounds, got 0 and 2"),
     ):
@@ -324,7 +332,7 @@ def test_every_file_of_a_run_is_replaced_atomically(faces, tmp_path, monkeypatch
     replaced, own = [], os.replace
     monkeypatch.setattr(os, "replace", lambda a, b: (replaced.append(os.path.basename(b)), own(a, b)))
     training.fit(tiny("dense", faces), *faces, settings(rounds=1), tmp_path)
-    assert replaced == ["checkpoint.pt", "metrics.jsonl", "round_0001.png"]
+    assert replaced == ["steps.jsonl", "checkpoint.pt", "best.pt", "metrics.jsonl", "round_0001.png", "inside_0001.png"]
 
 
 def _cut(content):
@@ -354,7 +362,7 @@ def test_torch_files_that_are_no_checkpoint(run, tmp_path):
     cases = [
         ({"weights": torch.zeros(2)}, "not a checkpoint of fastforest"),
         (io.StringIO, "not a checkpoint of fastforest (holds more than tensors and numbers)"),
-        (content | {"version": 99}, "checkpoint version 99, this library reads 1"),
+        (content | {"version": 99}, "checkpoint version 99, this library reads 1 and 2"),
         (lacking, "the checkpoint lacks 'weights'"),
     ]
     for value, reason in cases:
@@ -387,6 +395,7 @@ def test_bar_draws_on_terminals_only():
     for stream, drawn in ((Terminal(), True), (io.StringIO(), False)):
         bar = report.Bar("round 1", 4, stream)
         for done in range(1, 5):
+            time.sleep(0.11)  # it redraws at most ten times a second
             bar.show(done, "loss 1")
         bar.close()
         assert ("100 %" in stream.getvalue() and stream.getvalue().endswith("\r")) == drawn

@@ -1,98 +1,164 @@
-"""fastforest train: a model, its checkpoint and a picture a round."""
+"""fastforest train: a model, its checkpoint and pictures a round. On many ranks under torchrun."""
 
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .. import metrics, training
-from ..training import checkpoint, report
-from .common import BadInput, add_data, add_machine, build_model, check_writable, device, open_faces, real, whole
+from .. import config, data, metrics, models, training
+from ..training import checkpoint, ranks, report
+from .common import BadInput, add_machine, build_model, check_writable, device, open_faces, real, whole
 
 __all__ = ["add_arguments", "train"]
 
-DEFAULT_MINUTES = {True: 1.5, False: 20.0}
-DEFAULT_SIZE = {True: 64, False: 96}
-"""By whether the faces are drawn: the demonstration takes about two minutes with the drawing."""
+FLAGS = {
+    "data": "data.path",
+    "faces": "data.faces",
+    "face_seed": "data.face_seed",
+    "size": "data.size",
+    "model": "model.name",
+    "steps": "train.steps",
+    "batch": "train.batch",
+    "rate": "train.rate",
+    "steepness": "train.steepness",
+    "ema": "train.ema",
+    "amp": "train.amp",
+    "seed": "train.seed",
+}
+"""Options that stand for keys of the configuration. `--rounds` and `--minutes` do too, each instead of the other."""
 
 
 def train(options: argparse.Namespace) -> None:
-    synthetic = options.data == "synthetic"
     if options.resume and options.out is None:
         raise BadInput("--resume needs --out, the folder of the run to continue")
-    name = "synthetic" if synthetic else Path(options.data).resolve().name
-    out = options.out or _unused(Path("runs") / f"{name}-{options.model}")
+    if options.resume and options.overwrite:
+        raise BadInput("--resume and --overwrite exclude each other")
+    saved = checkpoint.load(options.out / "checkpoint.pt") if options.resume else None
+    try:
+        chosen = _chosen(options, saved)
+    except config.ConfigError as error:
+        raise BadInput(str(error)) from None
+    if options.print_config:
+        print(chosen.toml(), end="")
+        return
+    with ranks.joined(device(options.device)) as here:
+        _train(options, chosen, saved, here)
+
+
+def _train(
+    options: argparse.Namespace, chosen: config.Config, saved: checkpoint.Checkpoint | None, here: torch.device
+) -> None:
+    path, size = chosen.data.path, chosen.data.size
+    assert size is not None  # of a resolved configuration
+    name = "synthetic" if path == "synthetic" else Path(path).resolve().name
+    out = options.out or _unused(Path("runs") / f"{name}-{chosen.model.name}")
     existing = out / "checkpoint.pt"
     if existing.exists() and not (options.resume or options.overwrite):
         raise BadInput(f"{existing}: exists already, continue it with --resume or replace it with --overwrite")
-    if options.resume and options.overwrite:
-        raise BadInput("--resume and --overwrite exclude each other")
-    saved = checkpoint.load(existing) if options.resume else None
     check_writable(out)
-    size = saved.size if saved else options.size or DEFAULT_SIZE[synthetic]
-    train_faces, held_out = training.training_sets(open_faces(options, size), size, options.data)
+    drawn = argparse.Namespace(data=path, faces=chosen.data.faces, face_seed=chosen.data.face_seed)
+    train_faces, held_out = training.training_sets(open_faces(drawn, size), size, path)
     landmarks = held_out.batch([0])[1].shape[1]
     if saved and saved.landmarks != landmarks:
-        raise BadInput(f"{options.data}: has {landmarks} points, but {existing} was trained with {saved.landmarks}")
-    config = _train_config(options, saved, synthetic)
-    torch.manual_seed(config.seed)
+        raise BadInput(f"{path}: has {landmarks} points, but {existing} was trained with {saved.landmarks}")
+    torch.manual_seed(chosen.train.seed)
     if saved:
         model: Any = saved.build(existing)
     else:
         shape = training.mean_shape(train_faces)
-        model = build_model(options.model, {"landmarks": landmarks, "mean_shape": shape.tolist(), "image_size": size})
-    model.to(device(options.device))
-    limits = [
-        f"{config.rounds} rounds" if config.rounds else "",
-        f"{config.minutes:g} minutes" if config.minutes else "",
-    ]
-    weights = sum(parameter.numel() for parameter in model.parameters())
-    print(
-        f"{model.name}: {weights:,} weights, {len(train_faces)} faces of {size} x {size} pixels, "
-        f"{len(held_out)} held out, at most {' or '.join(filter(None, limits))}",
-        flush=True,
-    )
-    if options.overwrite:
+        given = {"landmarks": landmarks, "mean_shape": shape.tolist(), "image_size": size}
+        model = build_model(chosen.model.name, chosen.model.options | given)
+    model.to(here)
+    speaks = ranks.rank() == 0
+    if speaks:
+        print(_opening(model, chosen, len(train_faces), len(held_out)), flush=True)
+    if options.overwrite and speaks:
         _clear(out)
+    flip = data.FLIP_68 if landmarks == len(data.FLIP_68) else None
     history = training.fit(
         model,
         train_faces,
         held_out,
-        config,
+        chosen.train,
         out,
         resume=options.resume,
+        augment=data.Augment(size, flip=flip, **chosen.augment),
         on_round=lambda r: print(report.round_line(r), flush=True),
+        settings=chosen.as_dict(),
     )
-    pred, truth = training.predict(model, held_out)
-    normalizer = config.normalizer or training.default_normalizer(landmarks)
-    print(metrics.evaluate(pred, truth, normalizer, config.threshold))
-    print(f"checkpoint {history.checkpoint}\npicture    {history.picture}")
+    if speaks:
+        pred, truth = training.predict(model, held_out)
+        normalizer = chosen.train.normalizer or training.default_normalizer(landmarks)
+        print(metrics.evaluate(pred, truth, normalizer, chosen.train.threshold))
+        print(f"checkpoint {history.checkpoint}\npicture    {history.picture}")
 
 
-def _train_config(
-    options: argparse.Namespace, saved: checkpoint.Checkpoint | None, synthetic: bool
-) -> training.TrainConfig:
-    """From the options; of a resumed run everything but the limits is the checkpoint's."""
-    limits = {"rounds": options.rounds, "minutes": options.minutes}
-    if not any(limits.values()):
-        limits["minutes"] = DEFAULT_MINUTES[synthetic]
-    if saved:
-        given = limits if options.rounds or options.minutes else {}
-        return replace(training.TrainConfig.from_dict(saved.train), **given)
-    names = ("steps", "batch", "rate", "ema", "seed", "steepness", "amp")
-    chosen = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-    if "steepness" in chosen:
-        chosen["steepness"] = tuple(chosen["steepness"])
-    return training.TrainConfig(**limits, **chosen)
+def _chosen(options: argparse.Namespace, saved: checkpoint.Checkpoint | None) -> config.Config:
+    """From the checkpoint of a resumed run, the file, the words and the options, in this order."""
+    layers = [] if options.config is None else [config.read_toml(options.config)]
+    layers += [config.parse_set(text) for text in options.set]
+    for flag, key in FLAGS.items():
+        value = getattr(options, flag)
+        if value is not None:
+            section, _, name = key.partition(".")
+            layers.append({section: {name: value}})
+    if options.rounds or options.minutes:
+        layers.append({"train": {"rounds": options.rounds, "minutes": options.minutes}})
+    if saved is None:
+        if not options.print_config and "path" not in config.merged(*layers).get("data", {}):
+            raise BadInput("--data is needed: synthetic, or a folder (or data.path in --config)")
+        return config.resolve(*layers)
+    before = config.resolve(_settings(saved))
+    now = config.resolve(before.as_dict(), *layers)
+    _check_unchanged(options.out / "checkpoint.pt", before, now)
+    return now
+
+
+def _settings(saved: checkpoint.Checkpoint) -> dict[str, Any]:
+    """What the checkpoint was made with; of a run that no command line configured, what can be told of it."""
+    if saved.settings:
+        return saved.settings
+    options = {key: value for key, value in saved.config.items() if key not in config.GIVEN_BY_DATA}
+    known = training.TrainConfig.from_dict(saved.train)
+    return {
+        "data": {"size": saved.size},
+        "model": {"name": saved.model} | options,
+        "train": {key: getattr(known, key) for key in saved.train if hasattr(known, key)},
+    }
+
+
+def _check_unchanged(path: Path, before: config.Config, now: config.Config) -> None:
+    """Of the sections that `fit` does not see; of the data it sees how many faces there are."""
+    then, given = before.as_dict(), now.as_dict()
+    for section, keys in (("model", given["model"]), ("augment", given["augment"]), ("data", ["size"])):
+        for key in keys:
+            was, got = then[section].get(key), given[section][key]
+            if was != got:
+                raise BadInput(f"{path}: was written with {section}.{key} = {was!r}, got {got!r}")
+
+
+def _opening(model: Any, chosen: config.Config, faces: int, held_out: int) -> str:
+    limits = [
+        f"{chosen.train.rounds} rounds" if chosen.train.rounds else "",
+        f"{chosen.train.minutes:g} minutes" if chosen.train.minutes else "",
+    ]
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    size, together = chosen.data.size, f", {ranks.count()} ranks" if ranks.count() > 1 else ""
+    return (
+        f"{model.name}: {weights:,} weights, {faces} faces of {size} x {size} pixels, "
+        f"{held_out} held out, at most {' or '.join(filter(None, limits))}{together}"
+    )
 
 
 def _clear(out: Path) -> None:
     """Removes the files of an earlier run, and nothing else."""
-    for path in (out / "checkpoint.pt", out / "metrics.jsonl", *(out / "rounds").glob("round_*.png")):
+    names = ("checkpoint.pt", "best.pt", "metrics.jsonl", "steps.jsonl")
+    pictures = (path for kind in ("round", "inside") for path in (out / "rounds").glob(f"{kind}_*.png"))
+    events = (out / "tensorboard").glob("events.out.tfevents.*")
+    for path in (*(out / name for name in names), *pictures, *events):
         path.unlink(missing_ok=True)
 
 
@@ -103,10 +169,15 @@ def _unused(folder: Path) -> Path:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_data(parser)
     add = parser.add_argument
+    add("--config", type=Path, metavar="FILE", help="TOML with sections data, model, augment, train")
+    add("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="one key over the file's; repeatable")
+    add("--print-config", action="store_true", help="print the resolved configuration as TOML, and train nothing")
+    add("--data", metavar="synthetic|DIR", help="drawn faces, a crop package or .pts files")
+    add("--faces", type=whole(10), help="synthetic: how many (default: 1000)")
+    add("--face-seed", type=whole(0), help="synthetic: which series (default: 0)")
     add("--out", type=Path, help="folder of the run (default: a new one, runs/DATA-MODEL)")
-    add("--model", choices=("forest", "dense"), default="forest", help="(default: forest)")
+    add("--model", choices=tuple(models.MODELS), help="(default: forest)")
     add("--minutes", type=real(0), help="when to stop (default: 1.5 for synthetic, else 20)")
     add("--rounds", type=whole(1), help="when to stop; repeats bit for bit, as minutes cannot")
     add("--resume", action="store_true", help="go on from the checkpoint in --out, with its settings and a later end")
@@ -117,7 +188,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--rate", type=real(0), help="learning rate")
     add("--steepness", type=real(0), nargs=2, metavar=("START", "END"), help="anneal the split nodes' steepness")
     add("--ema", type=real(0, 1), help="decay of the weights' average, e.g. 0.999")
-    add("--amp", action="store_true", help="bfloat16 autocast")
-    add("--seed", type=whole(0), default=0, help="of weights, order and augmentation (default: 0)")
+    add("--amp", action="store_const", const="bf16", help="bfloat16 autocast")
+    add("--seed", type=whole(0), help="of weights, order and augmentation (default: 0)")
     add_machine(parser)
     parser.set_defaults(run=train)

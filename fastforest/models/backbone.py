@@ -1,20 +1,28 @@
-"""A small residual network for faces, quick on a CPU.
+"""Backbones by name, and the smallest: a residual network for faces, quick on a CPU.
 
 Shapes: B images of side S, C = 2 width channels, map [B, C, S/4, S/4], vector [B, F].
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+import inspect
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-__all__ = ["Backbone"]
+from fastforest.models.highres import HighResNet
+from fastforest.models.hourglass import StackedHourglass
+from fastforest.models.units import Features, Residual, Trunk, unit
+
+__all__ = ["BACKBONES", "Backbone", "Features", "Trunk", "build_backbone"]
 
 
-class Backbone(nn.Module):
+class Backbone(Trunk):
     """Image -> (map at stride 4 that has seen the coarse levels too, vector that keeps the coarse map's layout).
 
     Stem 5 x 5 at stride 2, then four levels at strides 4, 8, 16, 32, each a strided convolution and `blocks[i]`
@@ -26,13 +34,20 @@ class Backbone(nn.Module):
         width: channels of the stem; the levels have 2, 4, 8, 8 times as many.
         blocks: residual blocks of the four levels.
         code: channels of the vector's map.
+        norm: "batch" or "group", see `normalization`.
+
+    Raises:
+        ValueError: an argument out of range; on calling: images of another shape.
     """
 
-    stride = 4
-    """Image pixels per cell of the map."""
-
     def __init__(
-        self, image_size: int, *, width: int = 32, blocks: Sequence[int] = (1, 1, 1, 1), code: int = 128
+        self,
+        image_size: int,
+        *,
+        width: int = 32,
+        blocks: Sequence[int] = (1, 1, 1, 1),
+        code: int = 128,
+        norm: str = "batch",
     ) -> None:
         super().__init__()
         if image_size < 32 or image_size % 32:
@@ -42,22 +57,19 @@ class Backbone(nn.Module):
         self.image_size = image_size
         channels = [2 * width, 4 * width, 8 * width, 8 * width]
         self.map_channels, self.features = channels[0], code * (image_size // 32) ** 2
-        self.stem = unit(3, width, kernel=5, stride=2)
+        self.stem = unit(3, width, kernel=5, stride=2, norm=norm)
         self.levels = nn.ModuleList(
-            nn.Sequential(unit(inner, outer, stride=2), *(Residual(outer) for _ in range(count)))
+            nn.Sequential(unit(inner, outer, stride=2, norm=norm), *(Residual(outer, norm) for _ in range(count)))
             for inner, outer, count in zip([width, *channels], channels, blocks, strict=False)
         )
         self.lateral = nn.ModuleList(nn.Conv2d(outer, channels[0], 1, bias=False) for outer in channels)
-        self.merge = unit(channels[0], channels[0])
-        self.narrow = unit(channels[-1], code, kernel=1)
+        self.merge = unit(channels[0], channels[0], norm=norm)
+        self.narrow = unit(channels[-1], code, kernel=1, norm=norm)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, images: Tensor) -> Features:
         """images: [B, 3, S, S] in [0, 1] -> map [B, C, S/4, S/4], vector [B, F]."""
-        if images.dim() != 4 or images.shape[1:] != (3, self.image_size, self.image_size):
-            expected = f"[B, 3, {self.image_size}, {self.image_size}]"
-            raise ValueError(f"Backbone: images must be {expected}, got {list(images.shape)}")
-        x = self.stem((2 * images - 1).contiguous(memory_format=torch.channels_last))
+        x = self.stem(self.prepared(images))
         levels = []
         for level in self.levels:
             x = level(x)
@@ -66,24 +78,44 @@ class Backbone(nn.Module):
         for lateral, level in zip(reversed(self.lateral), reversed(levels), strict=True):
             here = lateral(level)
             merged = here if merged is None else here + functional.interpolate(merged, scale_factor=2.0)
-        return self.merge(merged), self.narrow(x).flatten(1)
+        return Features(self.merge(merged), self.narrow(x).flatten(1))
 
 
-class Residual(nn.Module):
-    """relu(x + conv(conv(x))), 3 x 3, BatchNorm; the branch starts at 0."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.first = unit(channels, channels)
-        self.second = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.norm = nn.BatchNorm2d(channels)
-        nn.init.zeros_(self.norm.weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return functional.relu(x + self.norm(self.second(self.first(x))))
+BACKBONES: dict[str, Callable[..., Trunk]] = {
+    "small": Backbone,
+    "hourglass": partial(StackedHourglass, stacks=1),
+    "stacked": StackedHourglass,
+    "highres": HighResNet,
+}
 
 
-def unit(inner: int, outer: int, *, kernel: int = 3, stride: int = 1) -> nn.Sequential:
-    """Convolution (same padding), BatchNorm, ReLU."""
-    convolution = nn.Conv2d(inner, outer, kernel, stride, kernel // 2, bias=False)
-    return nn.Sequential(convolution, nn.BatchNorm2d(outer), nn.ReLU(inplace=True))
+def build_backbone(name: str, image_size: int, **options: Any) -> Trunk:
+    """The backbone of that name in `BACKBONES`; `options` are its constructor's keywords, as from a file.
+
+    Raises:
+        ValueError: a name or an option that is unknown, with the nearest that is not; an option of another type than
+            its default, or out of range.
+    """
+    if name not in BACKBONES:
+        raise ValueError(f"build_backbone: unknown backbone {name!r}, {_nearest(name, BACKBONES)}")
+    known = inspect.signature(BACKBONES[name]).parameters
+    defaults = {key: parameter.default for key, parameter in known.items() if key != "image_size"}
+    for key, value in options.items():
+        if key not in defaults:
+            raise ValueError(f"build_backbone: '{name}' has no option {key!r}, {_nearest(key, defaults)}")
+        if not _alike(value, defaults[key]):
+            example = defaults[key]
+            raise ValueError(f"build_backbone: '{name}': {key} must be as {example!r}, its default, got {value!r}")
+    return BACKBONES[name](image_size, **options)
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(known), 1)
+    return f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}"
+
+
+def _alike(value: Any, default: Any) -> bool:
+    """Of the same type; a list of whole numbers stands for a tuple."""
+    if isinstance(default, tuple):
+        return isinstance(value, tuple | list) and all(type(entry) is int for entry in value)
+    return type(value) is type(default)

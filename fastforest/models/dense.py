@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fastforest.models.backbone import unit
+from fastforest.models.units import unit
 
 __all__ = ["ResNet", "UNet"]
 

@@ -1,4 +1,4 @@
-"""Faces to landmarks: a forest over shared heatmap leaves, and the dense-heatmap network it is measured against.
+"""Faces to landmarks by two pools of heatmap leaves, one after the other.
 
 Shapes: B images of side S, P landmarks, N leaves, C channels, K = taps^2 cells. Points [B, P, 2] are (x, y) in image
 pixels, 0-based, pixel centres at integers.
@@ -6,20 +6,17 @@ pixels, 0-based, pixel centres at integers.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fastforest.models.backbone import Backbone, unit
+from fastforest.models.base import LandmarkModel, Shape, hidden
 from fastforest.nn import LeafPool
 
-__all__ = ["DenseHeatmap", "LandmarkForest"]
+__all__ = ["LandmarkForest"]
 
-Shape = Tensor | Sequence[Sequence[float]]
 CONTEXT = 16  # numbers a landmark that the fine stage gets of the whole face
 
 
@@ -47,7 +44,7 @@ class Selected(NamedTuple):
         return mean, covariance * self.pixel**2
 
 
-class LandmarkForest(nn.Module):
+class LandmarkForest(LandmarkModel):
     """Two leaf pools over one backbone: the whole face finds the landmarks roughly, then each looks about itself.
 
     1. coarse: the backbone's vector selects leaves of a canvas of offsets from the mean shape, +-`reach` S wide.
@@ -66,10 +63,10 @@ class LandmarkForest(nn.Module):
         sigma: of the targets, canvas pixels (a coarse one is 2 reach S / canvas image pixels, a fine one
             2 fine_reach S / canvas).
         reach, fine_reach: half the canvases' sides, fractions of S.
-        taps: side of the neighbourhood, odd, cells of 4 image pixels.
+        taps: side of the neighbourhood, odd, cells of the backbone's map.
         selection, rank, depth, objective: as `LeafPool`.
         leaf_rate: of the leaf updates, in (0, 1]; see `LeafPool.update`.
-        width, blocks, code: as `Backbone`.
+        backbone, backbone_options, pretrain: as `CoordinateRegression`.
     """
 
     name = "forest"
@@ -91,12 +88,11 @@ class LandmarkForest(nn.Module):
         depth: int | None = None,
         objective: str = "kl",
         leaf_rate: float = 0.5,
-        width: int = 32,
-        blocks: Sequence[int] = (1, 1, 1, 1),
-        code: int = 128,
+        backbone: str | nn.Module = "small",
+        backbone_options: dict[str, Any] | None = None,
+        pretrain: bool = False,
     ) -> None:
-        super().__init__()
-        self._config = _arguments(locals())
+        super().__init__(locals())
         for name, value in (("reach", reach), ("fine_reach", fine_reach)):
             if not 0 < value < 1:
                 raise ValueError(f"LandmarkForest: {name} must be a fraction of the image in (0, 1), got {value}")
@@ -106,21 +102,15 @@ class LandmarkForest(nn.Module):
             raise ValueError(f"LandmarkForest: taps must be odd and positive, got {taps}")
         if not 0 < leaf_rate <= 1:
             raise ValueError(f"LandmarkForest: leaf_rate must be in (0, 1], got {leaf_rate}")
-        shape = _checked_shape("LandmarkForest", mean_shape, landmarks)
-        self.landmarks, self.image_size, self.leaf_rate = landmarks, image_size, leaf_rate
-        self.taps, self.cell = taps, Backbone.stride
+        self.leaf_rate = leaf_rate
+        self.taps, self.cell = taps, self.backbone.stride
         self.pixel, self.fine_pixel = 2 * reach * image_size / canvas, 2 * fine_reach * image_size / canvas
-        self.backbone = Backbone(image_size, width=width, blocks=blocks, code=code)
         features, channels = self.backbone.features, self.backbone.map_channels
         head: dict[str, Any] = {"selection": selection, "rank": rank, "depth": depth, "objective": objective}
         size = (canvas, canvas)
-        self.coarse = LeafPool(features, landmarks, leaves, size, sigma, mean_shape=shape / self.pixel, **head)
+        self.coarse = LeafPool(features, landmarks, leaves, size, sigma, mean_shape=self.shape / self.pixel, **head)
         self.context = nn.Linear(features, landmarks * CONTEXT)
         self.fine = LeafPool(taps**2 * channels + CONTEXT + 2, landmarks, leaves, size, sigma, **head)
-
-    def config(self) -> dict[str, Any]:
-        """The constructor's arguments, fit for JSON."""
-        return dict(self._config)
 
     @property
     def steepness(self) -> float:
@@ -141,6 +131,7 @@ class LandmarkForest(nn.Module):
 
     def loss(self, images: Tensor, points: Tensor, weight: Tensor | None = None) -> Tensor:
         """Scalar: the two stages' mean losses, added. points: [B, P, 2]; weight: [B, P], 0 hides a landmark."""
+        points = hidden(points, weight)
         coarse, fine = (
             stage.head.selection_loss(stage.prob, stage.to_canvas(points), weight) for stage in self.stages(images)
         )
@@ -149,6 +140,7 @@ class LandmarkForest(nn.Module):
     @torch.no_grad()
     def accumulate(self, images: Tensor, points: Tensor, weight: Tensor | None = None) -> None:
         """Adds the leaf statistics of a batch; arguments as `loss`. Additive until `update`."""
+        points = hidden(points, weight)
         for stage in self.stages(images):
             stage.head.accumulate_selection(stage.prob, stage.to_canvas(points), weight)
 
@@ -158,7 +150,7 @@ class LandmarkForest(nn.Module):
 
     def stages(self, images: Tensor) -> tuple[Selected, Selected]:
         """The selections of the coarse and of the fine stage."""
-        maps, vector = self.backbone(images)
+        maps, vector = self.backbone(images)[:2]
         coarse = Selected(self.coarse, self.coarse.select(vector), None, self.pixel)
         found = coarse.distribution()[0].detach()
         cell, origin = self._nearest(found, maps.shape[-1])
@@ -187,125 +179,3 @@ class LandmarkForest(nn.Module):
         rows = ((image * height + y) * width + x).flatten()
         samples = padded.reshape(-1, channels).index_select(0, rows)
         return samples.reshape(batch, self.landmarks, self.taps**2 * channels)
-
-
-class DenseHeatmap(nn.Module):
-    """The conventional head on the same backbone: a 3 x 3 and a 1 x 1 convolution to one map a landmark.
-
-    "kl": the maps are logits, loss KL(target || softmax); "mse": the maps are heatmaps, loss the sum of squared
-    differences from Gaussians of peak 1. Decoding: the highest pixel's neighbourhood of +-ceil(2 sigma) pixels,
-    softmax or positive part renormalised there, its mean.
-
-    Args:
-        landmarks, image_size, width, blocks, code: as `LandmarkForest`.
-        mean_shape: [P, 2]; kept for the configuration, the maps do not need it.
-        upsample: the maps have side upsample S / 4.
-        sigma: of the targets, map pixels.
-        objective: "kl" or "mse".
-    """
-
-    name = "dense"
-
-    def __init__(
-        self,
-        landmarks: int,
-        mean_shape: Shape,
-        image_size: int = 96,
-        *,
-        upsample: int = 1,
-        sigma: float = 1.5,
-        objective: str = "kl",
-        width: int = 32,
-        blocks: Sequence[int] = (1, 1, 1, 1),
-        code: int = 128,
-    ) -> None:
-        super().__init__()
-        self._config = _arguments(locals())
-        if objective not in ("kl", "mse"):
-            raise ValueError(f"DenseHeatmap: objective must be 'kl' or 'mse', got {objective!r}")
-        if upsample < 1 or not sigma > 0:
-            raise ValueError(f"DenseHeatmap: upsample must be >= 1 and sigma > 0, got {upsample} and {sigma}")
-        _checked_shape("DenseHeatmap", mean_shape, landmarks)
-        self.image_size, self.upsample, self.sigma, self.objective = image_size, upsample, sigma, objective
-        self.landmarks = landmarks
-        self.backbone = Backbone(image_size, width=width, blocks=blocks, code=code)
-        self.backbone.narrow.requires_grad_(False)  # the vector is not used
-        channels = self.backbone.map_channels
-        self.head = unit(channels, channels)
-        self.maps = nn.Conv2d(channels, landmarks, 1)
-        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-
-    def config(self) -> dict[str, Any]:
-        """The constructor's arguments, fit for JSON."""
-        return dict(self._config)
-
-    def heatmap(self, images: Tensor) -> Tensor:
-        """Maps [B, P, upsample S / 4, ...]: logits ("kl") or heatmaps ("mse"), float32."""
-        features = self.head(self.backbone(images)[0])
-        if self.upsample > 1:
-            features = functional.interpolate(features, scale_factor=float(self.upsample), mode="bilinear")
-        return self.maps(features).float()
-
-    def forward(self, images: Tensor) -> Tensor:
-        """images: [B, 3, S, S] in [0, 1] -> points [B, P, 2], image pixels, float32."""
-        maps = self.heatmap(images)
-        side = maps.shape[-1]
-        grid = torch.arange(side, device=maps.device, dtype=maps.dtype)
-        peak = maps.flatten(2).argmax(dim=-1)
-        reach = math.ceil(2 * self.sigma)
-        rows = (grid - (peak // side)[..., None]).abs() <= reach
-        columns = (grid - (peak % side)[..., None]).abs() <= reach
-        near = rows[..., :, None] & columns[..., None, :]
-        if self.objective == "kl":
-            mass = torch.where(near, maps, -torch.inf).flatten(2).softmax(dim=-1).view_as(maps)
-        else:
-            mass = torch.where(near, maps.clamp_min(1e-6), 0.0)
-            mass = mass / mass.sum((2, 3), keepdim=True)
-        found = torch.stack([(mass.sum(2) * grid).sum(-1), (mass.sum(3) * grid).sum(-1)], dim=-1)
-        return (found + 0.5) * (self.image_size / side) - 0.5
-
-    def loss(self, images: Tensor, points: Tensor, weight: Tensor | None = None) -> Tensor:
-        """Scalar, mean over landmarks by weight. points: [B, P, 2], image pixels; weight: [B, P], 0 hides even NaN.
-
-        The targets are separable: nothing but the maps has their size.
-        """
-        maps = self.heatmap(images)
-        if tuple(points.shape) != (*maps.shape[:2], 2):
-            raise ValueError(f"DenseHeatmap: points must be {[*maps.shape[:2], 2]}, got {list(points.shape)}")
-        side = maps.shape[-1]
-        if weight is not None:
-            points = torch.where((weight == 0)[..., None], 0.0, points)
-        centre = ((points + 0.5) * (side / self.image_size) - 0.5).to(maps.dtype)
-        grid = torch.arange(side, device=maps.device, dtype=maps.dtype)
-        with torch.autocast(maps.device.type, enabled=False):
-            axis = (-((grid - centre[..., None]) ** 2) / (2 * self.sigma**2)).exp()  # [B, P, 2, side]
-            if self.objective == "kl":
-                axis = axis / axis.sum(-1, keepdim=True).clamp_min(1e-3)
-            gx, gy = axis.unbind(2)
-            overlap = ((maps @ gx[..., None])[..., 0] * gy).sum(-1)
-            if self.objective == "kl":
-                mass = gx.sum(-1) * gy.sum(-1)
-                entropy = torch.xlogy(gx, gx).sum(-1) * gy.sum(-1) + torch.xlogy(gy, gy).sum(-1) * gx.sum(-1)
-                rows = entropy + mass * maps.flatten(2).logsumexp(dim=-1) - overlap
-            else:
-                rows = maps.square().sum((2, 3)) - 2 * overlap + gx.square().sum(-1) * gy.square().sum(-1)
-            if weight is None:
-                return rows.sum() / max(rows.numel(), 1)
-            total = weight.sum()
-            return (rows * weight).sum() / torch.where(total > 0, total, 1.0)
-
-
-def _arguments(scope: dict[str, Any]) -> dict[str, Any]:
-    """A constructor's `locals()` as JSON-able arguments."""
-    config = {key: value for key, value in scope.items() if key not in ("self", "__class__")}
-    shape = config["mean_shape"]
-    config["mean_shape"] = shape.tolist() if isinstance(shape, Tensor) else [list(map(float, row)) for row in shape]
-    config["blocks"] = list(config["blocks"])
-    return config
-
-
-def _checked_shape(model: str, mean_shape: Shape, landmarks: int) -> Tensor:
-    shape = torch.as_tensor(mean_shape, dtype=torch.float32).detach()
-    if tuple(shape.shape) != (landmarks, 2) or not bool(shape.isfinite().all()):
-        raise ValueError(f"{model}: mean_shape must be finite [{landmarks}, 2], got {list(shape.shape)}")
-    return shape

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from torch.nn import functional
 
 from fastforest.nn._checks import check_integer, check_positive, paired
 from fastforest.nn._precision import PreciseBuffers
+from fastforest.nn._ranks import sum_over_ranks
 from fastforest.ops import pool as ops_pool
 from fastforest.ops import routing as ops_routing
 
@@ -252,13 +254,14 @@ class LeafPool(PreciseBuffers):
         self._gram += gram
 
     @torch.no_grad()
-    def update(self, rate: float = 1.0) -> int:
+    def update(self, rate: float = 1.0, group: Any = None) -> int:
         """Closed-form leaf update from what was accumulated, which it forgets. Returns the number of dead leaves.
 
         q <- (1 - rate) q + rate q', q' the update. Both losses are convex in q, so neither update lets the loss over
         what was accumulated grow: bounding at any rate (which below 1 also keeps pixels that no target touched);
         least squares, damped towards the present leaves and projected on the simplex, by stopping at the line's
-        minimum when that comes before `rate`.
+        minimum when that comes before `rate`. In a process group every rank accumulates its own samples and all update
+        alike: statistics are summed over the ranks.
 
         Raises:
             RuntimeError: nothing was accumulated since the last update.
@@ -268,6 +271,7 @@ class LeafPool(PreciseBuffers):
             raise ValueError(f"LeafPool.update: rate must be in (0, 1], got {rate}")
         if self._statistics is None:
             raise RuntimeError("LeafPool.update: nothing was accumulated since the last update: call accumulate first")
+        sum_over_ranks([self._statistics] if self._gram is None else [self._statistics, self._gram], group)
         step: float | Tensor = rate
         if self.leaf_update == "bounding":
             fresh, dead = ops_pool.pool_kl_update(self._statistics, self.pool)

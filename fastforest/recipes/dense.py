@@ -48,7 +48,7 @@ from ..models.dense import ResNet, UNet
 from ..training import report
 from ..training.checkpoint import write_text
 from ..training.schedules import learning_rate_factor
-from .faces import processor
+from ._machine import processor
 
 __all__ = ["DECODINGS", "FULL", "LOSSES", "DenseRecipe", "main", "run"]
 

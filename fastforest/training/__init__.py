@@ -4,10 +4,14 @@ history = fit(model, train, held_out, TrainConfig(minutes=20), out=Path("runs/fa
 """
 
 from .checkpoint import Checkpoint, CheckpointError, load, write_atomically
+from .errors import TrainingError
+from .evaluation import default_normalizer, predict
 from .forests import ForestHistory, fit_forest
-from .loop import History, TrainConfig, TrainingError, default_normalizer, fit, mean_shape, predict
+from .loop import fit, mean_shape
 from .schedules import anneal, learning_rate_factor
 from .sets import read, training_sets
+from .settings import TrainConfig
+from .state import History
 
 __all__ = [
     "Checkpoint",

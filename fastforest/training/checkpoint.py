@@ -16,7 +16,7 @@ from torch import Tensor
 __all__ = ["Checkpoint", "CheckpointError", "load", "save", "write_atomically", "write_text"]
 
 FORMAT = "fastforest checkpoint"
-VERSION = 1
+VERSION = 2
 
 
 class CheckpointError(ValueError):
@@ -29,9 +29,10 @@ class Checkpoint:
 
     model: name for `models.build`. config: its `model.config()`. weights, ema: state dicts (`ema` only parameters, or
     None). steepness: of the split nodes, or None. landmarks: P. size: side of the model's images, pixels. mean_shape:
-    float32 [P, 2], pixels of such an image. optimizer: its state dict. step, round, seconds: position of the run.
-    rng: torch generator states by name. train: the TrainConfig as a dict. faces: size of the training set. history:
-    one dict a round.
+    float32 [P, 2], pixels of such an image. optimizer, scaler: their state dicts. step, round, seconds: position of the
+    run. batch: faces a step, fewer than configured once memory ran out. rng: torch generator states by name. train: the
+    TrainConfig as a dict. settings: the resolved configuration of the command line, sections of plain values, or {}.
+    faces: size of the training set. history: one dict a round.
     """
 
     model: str
@@ -43,11 +44,14 @@ class Checkpoint:
     size: int
     mean_shape: Tensor
     optimizer: dict[str, Any]
+    scaler: dict[str, Any]
     step: int
     round: int
     seconds: float
+    batch: int
     rng: dict[str, Tensor]
     train: dict[str, Any]
+    settings: dict[str, Any]
     faces: int
     history: list[dict[str, Any]]
 
@@ -116,12 +120,22 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
         raise CheckpointError(f"{path}: {_unreadable(Path(path))}") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise CheckpointError(f"{path}: not a checkpoint of fastforest")
+    if content.get("version") == 1:
+        content = _from_version_1(content)
     if content.get("version") != VERSION:
-        raise CheckpointError(f"{path}: checkpoint version {content.get('version')}, this library reads {VERSION}")
+        raise CheckpointError(
+            f"{path}: checkpoint version {content.get('version')}, this library reads 1 and {VERSION}"
+        )
     missing = [field.name for field in fields(Checkpoint) if field.name not in content]
     if missing:
         raise CheckpointError(f"{path}: the checkpoint lacks '{missing[0]}'")
     return Checkpoint(**{field.name: content[field.name] for field in fields(Checkpoint)})
+
+
+def _from_version_1(content: dict[str, Any]) -> dict[str, Any]:
+    """Version 1 had no loss scaling, no batch but the configured one, and no settings."""
+    batch = content.get("train", {}).get("batch")
+    return content | {"version": 2, "scaler": {}, "batch": batch, "settings": {}}
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:

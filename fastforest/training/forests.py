@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn._ranks import many_ranks
-from .loop import TrainingError
+from .errors import TrainingError
 from .schedules import anneal, learning_rate_factor
 
 __all__ = ["SCHEMES", "ForestHistory", "fit_forest"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
@@ -14,42 +13,42 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
 from .. import draw
+from . import ranks
 from .checkpoint import write_atomically, write_text
 
-__all__ = ["Bar", "duration", "round_line", "save_png", "sheet", "write_metrics"]
+__all__ = ["Bar", "duration", "plain", "round_line", "save_png", "sheet", "spread_indices", "write_metrics"]
 
-BAR_WIDTH = 28
 SHEET_FACES = 24
 
 
 class Bar:
-    """A progress bar of one line on standard error; says nothing where that is not a terminal."""
+    """A progress bar of one line on standard error, with rate and time left; says nothing where that is not a terminal,
+    and on one rank of many alone."""
 
     def __init__(self, label: str, total: float, stream: TextIO | None = None) -> None:
-        self.stream = sys.stderr if stream is None else stream
-        self.label, self.total, self.start, self.drawn = label, max(total, 1e-9), time.monotonic(), -math.inf
-        self.shown = self.stream.isatty()
+        stream = sys.stderr if stream is None else stream
+        silent = not stream.isatty() or ranks.rank() != 0
+        self.bar = tqdm(
+            total=total,
+            desc=label,
+            file=stream,
+            leave=False,
+            disable=silent,
+            dynamic_ncols=True,
+            bar_format="{desc} {percentage:3.0f} %|{bar}| {remaining} left, {rate_fmt}{postfix}",
+        )
 
     def show(self, done: float, note: str = "") -> None:
         """`done` of `total`; redraws at most ten times a second."""
-        now = time.monotonic()
-        if not self.shown or (now - self.drawn < 0.1 and done < self.total):
-            return
-        self.drawn = now
-        share = min(1.0, max(0.0, done / self.total))
-        filled = round(share * BAR_WIDTH)
-        left = duration((now - self.start) * (1 - share) / share) if share > 0 else "?"
-        line = f"{self.label} [{'#' * filled}{'.' * (BAR_WIDTH - filled)}] {100 * share:3.0f} %  {left} left  {note}"
-        self.stream.write(f"\r{line[:119]:<119}")
-        self.stream.flush()
+        self.bar.set_postfix_str(note, refresh=False)
+        self.bar.update(done - self.bar.n)
 
     def close(self) -> None:
         """Wipes the line."""
-        if self.shown:
-            self.stream.write(f"\r{'':<119}\r")
-            self.stream.flush()
+        self.bar.close()
 
 
 def duration(seconds: float) -> str:
@@ -71,7 +70,7 @@ def round_line(record: Mapping[str, Any]) -> str:
 
 def write_metrics(path: Path, history: Sequence[Mapping[str, Any]]) -> None:
     """metrics.jsonl: one JSON object a round; a value that is not finite is null."""
-    lines = (json.dumps({key: _plain(value) for key, value in record.items()}) for record in history)
+    lines = (json.dumps({key: plain(value) for key, value in record.items()}) for record in history)
     write_text(path, "".join(line + "\n" for line in lines))
 
 
@@ -91,5 +90,6 @@ def save_png(path: Path, picture: np.ndarray) -> None:
     write_atomically(path, lambda temporary: Image.fromarray(picture).save(temporary, format="PNG"))
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """A number that JSON knows: one that is not finite is None."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
