@@ -238,9 +238,10 @@ def regions_figure(regions: Mapping[str, Mapping[str, float]], normalizer: str, 
         axes.bar_label(bars, fmt="%.1f", fontsize=8 if len(regions) <= 3 else 6, color=INK)
     axes.set_xticks(np.arange(len(parts)), parts)
     axes.set(ylabel=f"NME[{normalizer}], %")
-    axes.margins(y=0.12)
+    axes.set_ylim(0, 1.25 * axes.get_ylim()[1])  # room for the legend
     axes.set_axisbelow(True)
     _finish(figure, [axes], title)
+    axes.legend(frameon=False, fontsize=9, loc="upper center", ncols=min(4, len(regions)))
     axes.grid(axis="x", visible=False)
     return _rgb(figure)
 
