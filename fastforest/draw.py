@@ -189,38 +189,6 @@ def ced_figure(
     return _rgb(figure)
 
 
-def rows_figure(tables: Mapping[str, Mapping[str, Sequence[float]]], unit: str) -> Array:
-    """Tables as dots: a panel a table, a line a row; small dots are its values, the large one their mean.
-
-    Args:
-        tables: by title, by row, its values (one a seed).
-        unit: of the values, below the last panel.
-
-    Returns:
-        uint8 [H, 900, 3], H as the rows need.
-    """
-    heights = [len(rows) + 1.2 for rows in tables.values()]
-    figure = Figure(figsize=(9, 0.32 * sum(heights) + 0.5), dpi=DPI, layout="constrained")
-    panels = figure.subplots(len(tables), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
-    for axes, (title, rows) in zip(panels, tables.items(), strict=True):
-        best = min(rows, key=lambda label: float(np.mean(rows[label])))
-        for place, (label, values) in enumerate(rows.items()):
-            colour = SERIES[2] if label == best else SERIES[0]
-            mean = float(np.mean(values))
-            axes.plot(values, [place] * len(values), "o", color=colour, ms=3.5, alpha=0.6)
-            axes.plot([mean], [place], "o", color=colour, ms=7)
-            axes.annotate(
-                f"{mean:.2f}", (max(values), place), (7, 0), textcoords="offset points", va="center", fontsize=8
-            )
-        axes.set_yticks(range(len(rows)), list(rows), fontsize=8.5)
-        axes.set_ylim(len(rows) - 0.4, -0.6)
-        axes.margins(x=0.12)
-        axes.set_title(title, loc="left", fontsize=9.5, color=INK)
-    panels[-1].set_xlabel(unit)
-    _finish(figure, list(panels), "")
-    return _rgb(figure)
-
-
 def risk_coverage_figure(
     doubts: Mapping[str, tuple[Array | Tensor, Array | Tensor]], normalizer: str, title: str = ""
 ) -> Array:
@@ -270,10 +238,43 @@ def regions_figure(regions: Mapping[str, Mapping[str, float]], normalizer: str, 
         axes.bar_label(bars, fmt="%.1f", fontsize=8 if len(regions) <= 3 else 6, color=INK)
     axes.set_xticks(np.arange(len(parts)), parts)
     axes.set(ylabel=f"NME[{normalizer}], %")
-    axes.margins(y=0.12)
+    axes.set_ylim(0, 1.25 * axes.get_ylim()[1])  # room for the legend
     axes.set_axisbelow(True)
     _finish(figure, [axes], title)
+    axes.legend(frameon=False, fontsize=9, loc="upper center", ncols=min(4, len(regions)))
     axes.grid(axis="x", visible=False)
+    return _rgb(figure)
+
+
+def rows_figure(tables: Mapping[str, Mapping[str, Sequence[float]]], unit: str) -> Array:
+    """Tables as dots: a panel a table, a line a row; small dots are its values, the large one their mean.
+
+    Args:
+        tables: by title, by row, its values (one a seed).
+        unit: of the values, below the last panel.
+
+    Returns:
+        uint8 [H, 900, 3], H as the rows need.
+    """
+    heights = [len(rows) + 1.2 for rows in tables.values()]
+    figure = Figure(figsize=(9, 0.32 * sum(heights) + 0.5), dpi=DPI, layout="constrained")
+    panels = figure.subplots(len(tables), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
+    for axes, (title, rows) in zip(panels, tables.items(), strict=True):
+        best = min(rows, key=lambda label: float(np.mean(rows[label])))
+        for place, (label, values) in enumerate(rows.items()):
+            colour = SERIES[2] if label == best else SERIES[0]
+            mean = float(np.mean(values))
+            axes.plot(values, [place] * len(values), "o", color=colour, ms=3.5, alpha=0.6)
+            axes.plot([mean], [place], "o", color=colour, ms=7)
+            axes.annotate(
+                f"{mean:.2f}", (max(values), place), (7, 0), textcoords="offset points", va="center", fontsize=8
+            )
+        axes.set_yticks(range(len(rows)), list(rows), fontsize=8.5)
+        axes.set_ylim(len(rows) - 0.4, -0.6)
+        axes.margins(x=0.12)
+        axes.set_title(title, loc="left", fontsize=9.5, color=INK)
+    panels[-1].set_xlabel(unit)
+    _finish(figure, list(panels), "")
     return _rgb(figure)
 
 

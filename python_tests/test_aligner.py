@@ -20,18 +20,15 @@ from fastforest.aligner import Aligner, NoFace, NotFinite, load_exported
 ROOT = Path(fastforest.__file__).parents[1]
 SIZE = 64
 MEAN_SHAPE = torch.tensor(data.mean_shape_68() * (SIZE / 1.5) + (SIZE - 1) / 2)
+NARROW = {"backbone_options": {"width": 4, "code": 8, "blocks": [0, 0, 0, 0]}}
 SMALL = {
-    "forest": {"backbone_options": {"width": 4, "code": 8}, "leaves": 16, "canvas": 8},
-    "forest of trees": {
-        "backbone_options": {"width": 4, "code": 8},
-        "leaves": 16,
-        "canvas": 8,
-        "selection": "forest",
-        "depth": 4,
-    },
-    "dense": {"backbone_options": {"width": 4, "code": 8}},
+    "forest": NARROW | {"leaves": 16, "canvas": 8},
+    "forest of trees": NARROW | {"leaves": 16, "canvas": 8, "selection": "forest", "depth": 4},
+    "dense": NARROW,
+    "coordinates": NARROW | {"hidden_units": 16},
+    "pool": NARROW | {"leaves": 16, "canvas": 8},
+    "heatmap_forest": NARROW | {"canvas": 8, "trees": 2, "depth": 3, "units": 16},
 }
-KINDS = [*SMALL, *sorted(set(models.MODELS) - set(SMALL))]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -45,7 +42,7 @@ def one_thread():
 def build(kind: str = "forest"):
     torch.manual_seed(0)
     given = {"landmarks": 68, "mean_shape": MEAN_SHAPE.tolist(), "image_size": SIZE}
-    return models.build(kind.split()[0], given | SMALL.get(kind, {})).eval()
+    return models.build(kind.split()[0], given | SMALL[kind]).eval()
 
 
 class Centroid(torch.nn.Module):
@@ -325,7 +322,8 @@ FRESH = """
 import sys, torch, fastforest
 torch.set_num_threads(1)
 batches = torch.load(sys.argv[1], weights_only=True)
-results = [[torch.export.load(path).module()(batch) for batch in batches] for path in sys.argv[3:]]
+models = [torch.export.load(path).module() for path in sys.argv[3:]]
+results = [[model(batch) for batch in batches] for model in models]
 assert "fastforest.models" not in sys.modules
 torch.save(results, sys.argv[2])
 """
@@ -337,13 +335,14 @@ def fresh(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 def test_every_exported_model_gives_the_same_bits_in_a_fresh_process(exported, tmp_path):
+    assert set(models.MODELS) <= set(SMALL)
     batches = [images(count) for count in (1, 2, 7)]
     torch.save(batches, tmp_path / "images.pt")
-    pairs = [exported(kind) for kind in KINDS]
+    pairs = [exported(kind) for kind in SMALL]
     done = fresh(FRESH, tmp_path / "images.pt", tmp_path / "out.pt", *(path for _, path in pairs))
     assert done.returncode == 0, done.stderr
     results = torch.load(tmp_path / "out.pt", weights_only=True)
-    for kind, (model, _), found in zip(KINDS, pairs, results, strict=True):
+    for kind, (model, _), found in zip(SMALL, pairs, results, strict=True):
         for batch, (points, spread) in zip(batches, found, strict=True):
             expected = outputs(model, batch)
             assert torch.equal(points, expected[0]), kind
@@ -376,7 +375,7 @@ def test_an_aligner_from_an_exported_file(exported, tmp_path):
 
 
 def test_export_for_images_between_0_and_1(exported):
-    model, path = exported("dense", "float")
+    model, path = exported("coordinates", "float")
     loaded = load_exported(path)
     assert loaded.pixels == "float"
     with torch.inference_mode():

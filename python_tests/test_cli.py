@@ -427,7 +427,7 @@ def test_evaluate_prints_and_writes_tables_and_pictures(run, tmp_path, capsys):
     pictures = ["ced.png", "regions.png", "risk_coverage.png", "worst.png"]
     assert files(out) == sorted([*pictures, "faces.jsonl", "results.json", "results.md"])
     table = (out / "results.md").read_text()
-    assert table.startswith("# synthetic: 20 all faces\n")
+    assert table.startswith("# synthetic: all 20 faces\n")
     rows = [line for line in table.splitlines() if line.startswith("|")]
     assert len(rows) == 9 and all(row in printed for row in rows)
     lines = [json.loads(line) for line in (out / "faces.jsonl").read_text().splitlines()]

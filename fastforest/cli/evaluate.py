@@ -23,9 +23,9 @@ def evaluate(options: argparse.Namespace) -> None:
         print(one.metrics if len(found) == 1 else f"{name}: {one.metrics}")
     print(f"\n{evaluation.markdown(found)}", end="")
     if options.out:
-        part = "all faces" if options.all else "held-out faces"
         images = next(iter(found.values())).metrics.images
-        evaluation.write(options.out, found, f"{Path(options.data).name}: {images} {part}")
+        part = f"all {images} faces" if options.all else f"{images} held-out faces"
+        evaluation.write(options.out, found, f"{Path(options.data).resolve().name}: {part}")
         print(f"written to {options.out}")
 
 
