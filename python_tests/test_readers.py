@@ -44,7 +44,7 @@ from fastforest.data import (
     read_wflw,
     write_pts,
 )
-from fastforest.data.matlab import load_mat
+from fastforest.data.matlab import is_hdf5, load_mat
 
 SIDE = 40
 """Of the images that the tests write, pixels."""
@@ -491,6 +491,13 @@ def test_one_set_of_300w_alone(tmp_path: Path) -> None:
     assert len(read_ibug(tmp_path / "HELEN")) == 3 and len(read_ibug(tmp_path / "HELEN", "common")) == 2
     assert len(read_ibug(tmp_path / "afw", "train")) == 2 and len(read_ibug(tmp_path / "300W", "test")) == 3
     assert len(read_ibug(tmp_path / "HELEN" / "testset")) == 2
+    (tmp_path / "300W").rename(tmp_path / "indoor and outdoor")
+    assert len(read_ibug(tmp_path / "indoor and outdoor", "test")) == 3
+    with pytest.raises(DataError, match="holds no part of subset 'train', which is afw, helen/trainset, lfpw/trainset"):
+        read_ibug(tmp_path / "indoor and outdoor", "train")
+    (tmp_path / "indoor and outdoor" / "01_Indoor").rename(tmp_path / "Indoor")
+    with pytest.raises(DataError, match="has no folder 300w/outdoor, which belongs to subset 'test'"):
+        read_ibug(tmp_path, "test")
     with pytest.raises(DataError, match=r"afw: holds no part of subset 'test', which is 300w/indoor, 300w/outdoor"):
         read_ibug(tmp_path / "afw", "test")
 
@@ -898,6 +905,24 @@ def test_matlab_files_that_are_whole(tmp_path: Path, options: dict[str, Any]) ->
     found = load_mat(tmp_path / "a.mat")
     assert np.array_equal(found["a"], content["a"]) and found["text"] == ["word"] and found["hard"] == 1 + 2j
     assert found["no"].size == 0
+
+
+def test_matlab_files_of_version_7_3_are_no_older_ones(tmp_path: Path) -> None:
+    path = written("cofw", tmp_path)
+    with open(path, "r+b") as file:
+        file.write(b"MATLAB 7.3 MAT-file".ljust(124) + b"\x00\x02IM")
+    assert is_hdf5(path) and len(read_cofw(path)) == 2
+    with pytest.raises(DataError, match=r"COFW_train\.mat: is a MATLAB 7\.3 file"):
+        load_mat(path)
+
+
+def test_images_whose_names_differ_in_case_only(tmp_path: Path) -> None:
+    for name in ("a", "A"):
+        picture(tmp_path / f"{name}.jpg")
+        write_pts(tmp_path / f"{name}.pts", shapes(68)[0])
+    assert all(record.image.stem == record.name for record in read_ibug(tmp_path))
+    (tmp_path / "A.jpg").unlink()
+    assert {record.image.stem for record in read_ibug(tmp_path)} == {"a"}
 
 
 def test_matlab_files_of_the_other_byte_order(tmp_path: Path) -> None:

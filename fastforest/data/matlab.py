@@ -133,8 +133,9 @@ def _check_tags(content: bytes) -> None:
 
     On those scipy (1.17) may read through a null pointer instead of raising, and the process is gone.
     """
-    order = {b"IM": "<", b"MI": ">"}.get(content[126:128])
-    if order is not None and 0 not in content[:4]:
+    order, major = ("<", content[125:126]) if content[126:128] == b"IM" else (">", content[124:125])
+    # version 4 has a zero there; 7.3, whose major number is 2, scipy refuses by itself
+    if 0 not in content[:4] and major == b"\x01":
         _check_elements(memoryview(content)[128:], order)
 
 

@@ -117,18 +117,19 @@ def face_box(where: str, x: float, y: float, width: float, height: float) -> Box
 
 
 def images_of(folder: Path) -> dict[str, Path]:
-    """The images in a folder (not below it) by stem in lower case; of two with one stem the better-known format."""
+    """The images in a folder (not below it) by stem, as it is and in lower case; of two the better-known format."""
     order = {suffix: rank for rank, suffix in enumerate(IMAGE_SUFFIXES)}
     files = [path for path in folder.iterdir() if path.suffix.lower() in order] if folder.is_dir() else []
     ranked = sorted(files, key=lambda path: (order[path.suffix.lower()], path.name), reverse=True)
-    return {path.stem.lower(): path for path in ranked}
+    return {path.stem.lower(): path for path in ranked} | {path.stem: path for path in ranked}
 
 
 def image_beside(path: Path, images: dict[str, Path]) -> Path:
     """The image of a file's stem among `images_of` a folder. Raises DataError."""
-    if path.stem.lower() not in images:
+    found = images.get(path.stem) or images.get(path.stem.lower())
+    if found is None:
         raise DataError(f"{path}: no image of the same name beside it")
-    return images[path.stem.lower()]
+    return found
 
 
 def image_named(where: str, folder: Path, name: Any, images: bool) -> Path:

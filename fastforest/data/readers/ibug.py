@@ -100,18 +100,15 @@ def ibug_sets(folder: Path) -> dict[str, Path]:
 
 def _chosen(root: Path, subset: str | None) -> dict[str, Path]:
     """The folders to read by part, e.g. {"helen/testset": ...}."""
-    sets, alone = ibug_sets(root), _plain(root.name)
-    parts: dict[str, Path] = {}
+    sets, parts, alone = ibug_sets(root), _parts("300w", root), None
     for name, path in sets.items():
         parts |= _parts(name, path)
-    parts |= {part: path for part, path in _parts("300w", root).items() if part not in parts}
-    if not sets and not parts and alone in SETS:
-        parts = _parts(alone, root)
+    if not sets:
+        alone = "300w" if parts else _plain(root.name)
+        parts = _parts(alone, root) if alone in SETS else {}
     if subset is None:
         return parts or {"": root}
-    wanted = [part for part in SUBSETS[subset] if sets or part.split("/")[0] == alone]
-    if not sets and _parts("300w", root):
-        wanted = list(SUBSETS[subset]) if subset == "test" else []
+    wanted = [part for part in SUBSETS[subset] if alone is None or part.split("/")[0] == alone]
     if not wanted:
         raise DataError(f"{root}: holds no part of subset {subset!r}, which is {', '.join(SUBSETS[subset])}")
     for part in wanted:
