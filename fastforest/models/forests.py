@@ -199,9 +199,15 @@ class GroupedForest(_OnCanvas):
 
     @torch.no_grad()
     def start(self, images: Tensor, points: Tensor) -> None:
-        """Leaves at clusters of the points, routing units spread over the features."""
-        target = self.on_canvas(points, None)
-        for forest, features, member in zip(self.forests, self.features(images), self.members, strict=True):
+        """Leaves at clusters of the points, routing units spread over the features as training sees them.
+
+        Normalised by the batch: an untrained network's running averages give features hundreds of times smaller, and
+        units calibrated on those would be saturated from the first step on.
+        """
+        target, mode = self.on_canvas(points, None), self.training
+        every = self.train().features(images)
+        self.train(mode)
+        for forest, features, member in zip(self.forests, every, self.members, strict=True):
             forest.initialize(target[:, member])
             forest.calibrate(features)
 
