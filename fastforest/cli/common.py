@@ -29,6 +29,9 @@ __all__ = [
 ]
 
 
+GROUPED_FACES = 2048
+
+
 class BadInput(ValueError):
     """One sentence for the user."""
 
@@ -66,9 +69,13 @@ def open_faces(options: argparse.Namespace, size: int) -> Any:
     return data.open_dataset(options.data, size=max(16, size), count=options.faces, seed=options.face_seed)
 
 
-def build_model(name: str, config: dict[str, Any]) -> Any:
+def build_model(name: str, config: dict[str, Any], faces: Any) -> Any:
+    """A number of groups becomes groups of landmarks by the first faces of the training set."""
+    groups, points = config.get("groups"), None
+    if isinstance(groups, int) and groups > 1:
+        points = faces.batch(range(min(GROUPED_FACES, len(faces))))[1]
     try:
-        return models.build(name, config)
+        return models.build(name, config, points)
     except ValueError as error:
         raise BadInput(f"model '{name}': {error}") from None
 

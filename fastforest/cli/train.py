@@ -11,7 +11,7 @@ import torch
 from .. import config, data, metrics, models, training
 from ..training import checkpoint, ranks, report
 from ..training.settings import FREE
-from .common import BadInput, add_machine, check_writable, device, real, whole
+from .common import BadInput, add_machine, build_model, check_writable, device, real, whole
 from .sets import open_sets
 
 __all__ = ["add_arguments", "train"]
@@ -34,7 +34,6 @@ FLAGS = {
 
 ANY_DATA = ("path", "faces", "face_seed", "subset")
 """Keys that a resumed run may have otherwise: folders move, and `fit` sees how many faces there are."""
-GROUPED_FACES = 1024
 
 
 def train(options: argparse.Namespace) -> None:
@@ -75,7 +74,7 @@ def _train(
     else:
         shape = training.mean_shape(train_faces)
         given = {"landmarks": landmarks, "mean_shape": shape.tolist(), "image_size": size}
-        model = _built(chosen.model, given, train_faces)
+        model = build_model(chosen.model.name, chosen.model.options | given, train_faces)
     model.to(here)
     speaks = ranks.rank() == 0
     if speaks:
@@ -99,17 +98,6 @@ def _train(
         normalizer = chosen.train.normalizer or training.default_normalizer(landmarks)
         print(metrics.evaluate(pred, truth, normalizer, chosen.train.threshold))
         print(f"checkpoint {history.checkpoint}\npicture    {history.picture}")
-
-
-def _built(chosen: config.ModelConfig, given: dict[str, Any], faces: Any) -> Any:
-    """A number of groups becomes groups of landmarks by the first faces of the training set."""
-    groups, points = chosen.options.get("groups"), None
-    if isinstance(groups, int) and groups > 1:
-        points = faces.batch(range(min(GROUPED_FACES, len(faces))))[1]
-    try:
-        return models.build(chosen.name, chosen.options | given, points)
-    except ValueError as error:
-        raise BadInput(f"model '{chosen.name}': {error}") from None
 
 
 def _chosen(options: argparse.Namespace, saved: checkpoint.Checkpoint | None) -> config.Config:

@@ -204,8 +204,8 @@ def _trained(
         history = training.History(saved.history)
     else:
         torch.manual_seed(seed)
-        model = build_model(row.model, given | dict(recipe.backbone) | dict(row.options)).to(device)
-        flip = data.FLIP_68 if len(shape) == len(data.FLIP_68) else None
+        model = build_model(row.model, given | dict(recipe.backbone) | dict(row.options), train).to(device)
+        layout = data.layout_of(len(shape))
         history = training.fit(
             model,
             train,
@@ -213,7 +213,7 @@ def _trained(
             settings,
             out,
             resume=(out / "checkpoint.pt").exists(),
-            augment=data.Augment(recipe.size, flip=flip, **recipe.augment),
+            augment=data.Augment(recipe.size, flip=layout.flip if layout else None, **recipe.augment),
             on_round=lambda record: print(report.round_line(record), flush=True),
         )
         write_text(marker, "")

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from .. import metrics
-from ..data import Augment, DataError, Plain, layout_of
+from ..data import Augment, DataError, layout_of
 from ..models.norm import synchronize_batch_norm
 from . import pictures, ranks, report, state
 from .errors import TrainingError
 from .evaluation import default_normalizer, predict_over_ranks
-from .feed import Augmentation, Batches, Feed, part
+from .feed import Augmentation, Batches, Feed
 from .logs import StepLog
 from .schedules import anneal, learning_rate_factor, plateau_factor, stale_rounds
 from .settings import TrainConfig
@@ -149,12 +149,12 @@ class Run:
             state.prepare(self, self.out)
 
     def start(self) -> None:
-        """Clusters, calibration: whatever the model sets by data before its first step."""
+        """Clusters, calibration: whatever the model sets by data before its first step, of faces as training sees them."""
         if not hasattr(self.model, "start"):
             return
         faces = min(self.config.leaf_faces or START_FACES, len(self.train))
         images, points = self.train.batch(self.feed.order(faces))
-        images, points, weight, _ = part(*Plain(self.train.size)(images.to(self.device), points.to(self.device)))
+        images, points, weight, _ = self.feed.augmented(images, points)
         if weight is not None:  # an unknown landmark is where it is in the mean
             points = torch.where((weight > 0)[..., None], points, self.shape.to(points))
         self.model.eval()
