@@ -404,8 +404,12 @@ def test_models_built_on_it(name: str) -> None:
         loss, found = model.loss(images, points, weight), model(images)
     loss.backward()
     assert found.shape == (2, 5, 2) and found.dtype == loss.dtype == torch.float32
-    used = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
-    assert loss.isfinite() and all(grad is not None and grad.isfinite().all() for grad in used.values())
+    gradients = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+    idle = {name for name, grad in gradients.items() if grad is None}
+    by_vector = isinstance(model, models.CoordinateRegression | models.GroupedForest | models.SharedPool)
+    # Heads that read the vector alone leave what only the map passes through.
+    assert all(by_vector and name.startswith(("backbone.lateral", "backbone.merge")) for name in idle)
+    assert loss.isfinite() and all(grad.isfinite().all() for grad in gradients.values() if grad is not None)
     if isinstance(model, models.LandmarkForest):
         model.steepness = 1.5
         model.accumulate(images, points, weight)
@@ -432,8 +436,3 @@ def test_dense_loss_is_the_divergence_from_rendered_targets() -> None:
     target = (-(d**2).sum(-1) / (2 * 2.0**2)).flatten(2).softmax(-1)
     expected = (target * (target.log() - maps.flatten(2).log_softmax(-1))).sum(-1).mean()
     torch.testing.assert_close(model.loss(images, points).double(), expected, rtol=1e-4, atol=1e-4)
-
-
-def test_build_refuses_an_unknown_model() -> None:
-    with pytest.raises(ValueError, match="name must be one of forest, dense, got 'cnn'"):
-        models.build("cnn", {})

@@ -32,7 +32,7 @@ def one_thread():
 
 @pytest.fixture(autouse=True)
 def few_faces(monkeypatch):
-    monkeypatch.setattr(ablation.data, "open_dataset", lambda name, size: data.SyntheticFaces(20, size))
+    monkeypatch.setattr(ablation.data, "open_dataset", lambda name, size, **_: data.SyntheticFaces(20, size))
 
 
 def test_tables_spread_and_pictures(tmp_path):

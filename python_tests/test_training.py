@@ -320,7 +320,7 @@ def unchanged(images, points, generator):
     return images.float() / 255, points
 
 
-def test_model_starts_once_from_a_bounded_sample_of_plain_faces(faces, tmp_path):
+def test_model_starts_once_from_a_bounded_sample_of_faces_as_training_sees_them(faces, tmp_path):
     started, config = [], settings(rounds=1, leaf_faces=8)
 
     def startable(seed=0):
@@ -328,8 +328,8 @@ def test_model_starts_once_from_a_bounded_sample_of_plain_faces(faces, tmp_path)
         model.start = lambda images, points: started.append((images, points))
         return model
 
-    training.fit(startable(), *faces, config, tmp_path)
-    training.fit(startable(1), *faces, dataclasses.replace(config, rounds=2), tmp_path, resume=True)
+    training.fit(startable(), *faces, config, tmp_path, augment=unchanged)
+    training.fit(startable(1), *faces, dataclasses.replace(config, rounds=2), tmp_path, resume=True, augment=unchanged)
     ((images, points),) = started
     assert images.shape == (8, 3, SIZE, SIZE) and points.shape == (8, 68, 2)
     whole = faces[0].batch(range(len(faces[0])))[0].float() / 255
