@@ -66,23 +66,26 @@ class Aligner:
     Args:
         model: any of `fastforest.models`, on its device; set to evaluation mode. Or an `Exported`.
         size: S; an `Exported` knows its own.
+        padding: what a crop shows on each side of a box, in its longer sides; as in training. An `Exported` knows it.
 
     Raises, on calling:
         NoFace, NotFinite: as their names say. DataError: a file that cannot be read. TypeError, ValueError: not an image;
         a box that is not finite, is empty, much larger than the image or beside it.
     """
 
-    def __init__(self, model: Any, size: int | None = None) -> None:
-        size = model.size if isinstance(model, Exported) else size
+    def __init__(self, model: Any, size: int | None = None, padding: float = 0.25) -> None:
+        if isinstance(model, Exported):
+            size, padding = model.size, model.padding
         if size is None:
             raise ValueError("Aligner: size must be the side of the model's images, got None")
+        self.padding = padding
         self.model, self.size = model if isinstance(model, Exported) else model.eval(), size
 
     @classmethod
     def from_checkpoint(cls, path: str | os.PathLike[str], device: str | torch.device = "cpu") -> Aligner:
         """Of what `python -m fastforest train` wrote. CheckpointError where the file cannot be used."""
         saved = checkpoint.load(path)
-        return cls(saved.build(path).to(device), saved.size)  # type: ignore[arg-type]
+        return cls(saved.build(path).to(device), saved.size, saved.padding)  # type: ignore[arg-type]
 
     @classmethod
     def from_exported(cls, path: str | os.PathLike[str], device: str | torch.device = "cpu") -> Aligner:
@@ -169,7 +172,7 @@ class Aligner:
         """One prediction a box, all in one batch."""
         if not faces:
             return []
-        crops, squares = zip(*(crop(picture, box, self.size) for picture, box in faces), strict=True)
+        crops, squares = zip(*(crop(picture, box, self.size, self.padding) for picture, box in faces), strict=True)
         points, spreads, covariances = self._infer(torch.stack(crops))
         if not bool(points.isfinite().all()):
             raise NotFinite("the model predicts points that are not finite")

@@ -49,7 +49,7 @@ class Exported(NamedTuple):
     """A loaded file of `export`.
 
     module: images [B, 3, S, S] of `pixels` -> points [B, P, 2], spread [B, P]. size: S. mean_shape: float32 [P, 2],
-    pixels of such an image. pixels: one of `PIXELS`. device: where the module runs.
+    pixels of such an image. pixels: one of `PIXELS`. device: where the module runs. padding: of its crops, see `Crop`.
     """
 
     module: nn.Module
@@ -57,6 +57,7 @@ class Exported(NamedTuple):
     mean_shape: Tensor
     pixels: str
     device: torch.device
+    padding: float = 0.25
 
     def predict(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """images: uint8 [B, 3, S, S] on any device -> points [B, P, 2], spread [B, P]."""
@@ -65,7 +66,13 @@ class Exported(NamedTuple):
 
 
 def export(
-    model: nn.Module, path: str | os.PathLike[str], size: int, mean_shape: Tensor, *, pixels: str = "uint8"
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    size: int,
+    mean_shape: Tensor,
+    *,
+    pixels: str = "uint8",
+    padding: float = 0.25,
 ) -> None:
     """Writes the way from images to points and spread as a file for `load_exported` or `torch.export.load`, atomically.
 
@@ -79,6 +86,7 @@ def export(
         size: S.
         mean_shape: [P, 2], pixels of an image; goes along.
         pixels: one of `PIXELS`.
+        padding: of the crops that the model was trained on, see `data.Crop`; goes along.
 
     Raises:
         ValueError: another suffix or unknown pixels. OSError: the folder cannot be written.
@@ -98,6 +106,7 @@ def export(
         "size": size,
         "mean_shape": mean_shape.tolist(),
         "pixels": pixels,
+        "padding": padding,
         "torch": torch.__version__,
     }
     extra = {METADATA: json.dumps(metadata)}
@@ -130,7 +139,7 @@ def load_exported(path: str | os.PathLike[str], device: str | torch.device = "cp
     if place.type != "cpu":
         program = move_to_device_pass(program, place)
     mean_shape = torch.tensor(metadata["mean_shape"], dtype=torch.float32)
-    return Exported(program.module(), metadata["size"], mean_shape, metadata["pixels"], place)
+    return Exported(program.module(), metadata["size"], mean_shape, metadata["pixels"], place, metadata["padding"])
 
 
 class _Inference(nn.Module):

@@ -94,13 +94,13 @@ def find_faces(image: Picture) -> list[Box]:
     return [_landmark_box(square, 1 / factor) for square in squares[:CANDIDATES]]
 
 
-def crop(image: Picture, box: Box, size: int) -> tuple[Tensor, tuple[int, int, int]]:
+def crop(image: Picture, box: Box, size: int, padding: float = 0.25) -> tuple[Tensor, tuple[int, int, int]]:
     """(uint8 [3, S, S], the square (x0, y0, side) that it shows), as `data.crop_box` has it; black beside the image.
 
     A point p of the crop is the image's (p + 0.5) side / S - 0.5 + (x0, y0).
     """
     x, y, width, height = box
-    x0, y0, side = crop_box(np.array([[x, y], [x + width, y + height]]))
+    x0, y0, side = crop_box(np.array([[x, y], [x + width, y + height]]), padding)
     pixels = np.zeros((side, side, 3), np.uint8)
     left, top = max(0, -x0), max(0, -y0)
     seen = image[max(0, y0) : max(0, y0 + side), max(0, x0) : max(0, x0 + side)]

@@ -23,7 +23,6 @@ __all__ = [
     "check_writable",
     "device",
     "guarded",
-    "open_faces",
     "real",
     "whole",
 ]
@@ -63,10 +62,6 @@ def guarded(run: Callable[[], None], options: argparse.Namespace) -> int:
 def _complain(sentence: str) -> int:
     print(f"fastforest: {' '.join(sentence.split())}", file=sys.stderr)
     return 2
-
-
-def open_faces(options: argparse.Namespace, size: int) -> Any:
-    return data.open_dataset(options.data, size=max(16, size), count=options.faces, seed=options.face_seed)
 
 
 def build_model(name: str, config: dict[str, Any], faces: Any) -> Any:
@@ -126,8 +121,9 @@ def real(low: float, high: float = math.inf) -> Callable[[str], float]:
 
 def add_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--data", required=True, metavar="synthetic|DIR", help="drawn faces, a crop package or .pts files"
+        "--data", required=True, metavar="synthetic|PATH", help="drawn faces, or a set as `data.open_dataset` takes it"
     )
+    parser.add_argument("--subset", help="of 300-W, COFW or WFLW, e.g. train, full, test (default: train)")
     parser.add_argument("--faces", type=whole(10), default=1000, help="synthetic: how many (default: 1000)")
     parser.add_argument("--face-seed", type=whole(0), default=0, help="synthetic: which series (default: 0)")
 

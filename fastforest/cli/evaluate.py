@@ -8,10 +8,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .. import data, evaluation, metrics, training
+from ..config import DataConfig
 from ..training import checkpoint
-from .common import BadInput, add_data, add_machine, check_writable, device, open_faces, real
+from .common import BadInput, add_data, add_machine, check_writable, device, real
+from .sets import open_evaluated
 
 __all__ = ["add_arguments", "evaluate"]
+
+CROP = ("crop", "padding", "fallback")
+"""Keys of `DataConfig` that an evaluation shares with the training."""
 
 
 def evaluate(options: argparse.Namespace) -> None:
@@ -32,7 +37,9 @@ def evaluate(options: argparse.Namespace) -> None:
 def _evaluated(path: Path, options: argparse.Namespace) -> evaluation.Evaluation:
     saved = checkpoint.load(path)
     model = saved.build(path).to(device(options.device))
-    dataset = open_faces(options, saved.size)
+    crop = {key: value for key, value in saved.settings.get("data", {}).items() if key in CROP}
+    chosen = DataConfig(options.data, options.faces, options.face_seed, saved.size, options.subset, **crop)
+    dataset = open_evaluated(chosen)
     if not options.all and len(dataset) < 10:
         raise BadInput(f"{options.data}: has only {len(dataset)} faces, of which none is held out: add --all")
     faces = training.read(data.Cached(dataset if options.all else data.split(dataset)[1], saved.size), options.data)

@@ -9,7 +9,7 @@ from ..config import Config, DataConfig
 from ..training import ranks
 from .common import BadInput
 
-__all__ = ["open_sets"]
+__all__ = ["open_evaluated", "open_sets"]
 
 
 def open_sets(chosen: Config) -> tuple[Any, Any]:
@@ -31,7 +31,16 @@ def open_sets(chosen: Config) -> tuple[Any, Any]:
     return training.training_sets(dataset, size, chosen.data.path, keep=kept, workers=train.workers, pin=train.pin)
 
 
-def _dataset(chosen: DataConfig) -> Any:
+def open_evaluated(chosen: DataConfig) -> Any:
+    """The set whole, for a checkpoint's evaluation: `crop`, `padding` and `fallback` count where the set has any.
+
+    Raises:
+        DataError, BadInput: as `open_sets`.
+    """
+    return _dataset(chosen, needed=False)
+
+
+def _dataset(chosen: DataConfig, *, needed: bool = True) -> Any:
     size = max(16, _size(chosen))
     try:
         dataset = data.open_dataset(
@@ -45,7 +54,7 @@ def _dataset(chosen: DataConfig) -> Any:
             raise
         raise BadInput(f"{chosen.path}: {error}") from None
     changed = [name for name, value in crop.items() if value != getattr(DataConfig, name)]
-    if changed:
+    if changed and needed:
         raise BadInput(f"data.{changed[0]} is for sets of annotated photographs, which {chosen.path} is not")
     return dataset
 

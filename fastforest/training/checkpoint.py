@@ -57,6 +57,11 @@ class Checkpoint:
     faces: int
     history: list[dict[str, Any]]
 
+    @property
+    def padding(self) -> float:
+        """Of the crops that the model was trained on, as `data.RecordFaces` takes it."""
+        return float(self.settings.get("data", {}).get("padding", 0.25))
+
     def best_weights(self) -> dict[str, Tensor]:
         """The weights to predict with: the averaged ones where there are any."""
         return self.weights | (self.ema or {})
