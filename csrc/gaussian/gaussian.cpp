@@ -123,7 +123,28 @@ void log_prob_cpu(const GaussianLogProbParams<T>& p) {
                 [&](int64_t b, int64_t e) { table<T>().log_prob(p, b, e); });
 }
 
-// In pieces that stay in the cache between the densities and their log-sum-exp. `rows` [N, K] or null.
+// Densities and the log-sum-exp over them, panel by panel while its rows are in the cache; few panels, one after the
+// other, since leaves then share the threads. done(begin, end): what is left to do to these samples.
+template <class T, class Done>
+void mixture_cpu(const GaussianLogProbParams<T>& densities, const GaussianMixtureParams<T>& p, bool roots,
+                 const Done& done) {
+  const double D = p.size.dims;
+  const int64_t panels = panels_of(p.size), samples = p.size.samples;
+  const int64_t tasks = p.size.dims <= kFewDims ? 1 : (p.size.leaves + kLeafGroup - 1) / kLeafGroup;
+  const bool together = panels >= 16;
+  if (!together) log_prob_cpu(densities);
+  parallel_work(panels, ((D * D + 4 * D + 8) * together + 40) * double(p.size.leaves) * kPanel,
+                [&](int64_t first, int64_t last) {
+                  for (int64_t panel = first; panel < last; ++panel) {
+                    const int64_t b = panel * kPanel, e = std::min(b + kPanel, samples);
+                    if (together) table<T>().log_prob(densities, panel * tasks, (panel + 1) * tasks);
+                    table<T>().mixture(p, roots, b, e);
+                    done(b, e);
+                  }
+                });
+}
+
+// In pieces that stay in the cache. `rows` [N, K] or null.
 template <class T>
 void mixture_cpu(const Given& g, const Prepared<T>& prepared, const T* log_weight, T* log_prob, T* rows) {
   const int64_t K = g.size.leaves, piece = std::max<int64_t>(1024, (1 << 20) / K / kPanel * kPanel);
@@ -132,9 +153,9 @@ void mixture_cpu(const Given& g, const Prepared<T>& prepared, const T* log_weigh
     GaussianSize size = g.size;
     size.samples = std::min(piece, g.size.samples - first);
     T* to = rows ? rows + first * K : scratch.mutable_data_ptr<T>();
-    log_prob_cpu<T>({size, prepared.leaves, prepared.x + first * size.dims, to});
-    const GaussianMixtureParams<T> p{size, prepared.leaves, nullptr, log_weight + first * K, log_prob + first, to};
-    parallel_work(size.samples, 40.0 * K, [&](int64_t b, int64_t e) { table<T>().mixture(p, false, b, e); });
+    mixture_cpu<T>({size, prepared.leaves, prepared.x + first * size.dims, to},
+                   {size, prepared.leaves, nullptr, log_weight + first * K, log_prob + first, to}, false,
+                   [](int64_t, int64_t) {});
   }
 }
 #endif
@@ -329,11 +350,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> statistics(const Tensor& x, const Ten
       p.x = panels + begin * s.dims;
       T* log_probs = log_prob.mutable_data_ptr<T>() + begin;
       const T* weights = log_weight.const_data_ptr<T>() + begin * s.leaves;
-      log_prob_cpu<T>({p.size, prepared.leaves, prepared.x + begin * s.dims, posterior.mutable_data_ptr<T>()});
+      const GaussianLogProbParams<T> densities{p.size, prepared.leaves, prepared.x + begin * s.dims,
+                                               posterior.mutable_data_ptr<T>()};
       const GaussianMixtureParams<T> m{p.size,  prepared.leaves, nullptr,
                                        weights, log_probs,       posterior.mutable_data_ptr<T>()};
-      parallel_work(p.size.samples, 40.0 * s.leaves, [&](int64_t b, int64_t e) {
-        table<T>().mixture(m, true, b, e);
+      mixture_cpu<T>(densities, m, true, [&](int64_t b, int64_t e) {
         for (int64_t n = b; counts && n < e; ++n) {
           const T root = std::sqrt(counts[begin + n]);
           for (int64_t k = 0; k < s.leaves; ++k) m.posterior[n * s.leaves + k] *= root;

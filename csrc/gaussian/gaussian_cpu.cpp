@@ -1,106 +1,32 @@
 // CPU kernels of the gaussian room. Compiled once per instruction set (FF_ISA): every helper has internal linkage.
 //
 // Lanes go over samples: x stands in panels [D][64], and for one leaf d = x - m, z = W d and |z|^2 never leave the
-// registers and L1. In at most kFewDims dimensions they go over leaves instead: the arithmetic of a density is then
-// less than that of transposing it into its row. Differences come first: W x - W m would cancel where a leaf is narrow
-// and far from the origin. FLOPs a sample and leaf: D^2 + 4 D forward; 3 D^2 more for all gradients (z again, W^T z,
-// sum g z z^T); D^2 for the second moments of EM. The triangle is exact: blocks of kRows rows of W, a block's own
-// corner unrolled.
-#include <algorithm>
-#include <cstdlib>
-#include <memory>
-
-#include "common/simd.h"
-#include "gaussian/gaussian.h"
-#include "gaussian/gaussian_math.h"
+// registers and L1; at most kFewDims dimensions have kernels of their own. Differences come first: W x - W m would
+// cancel where a leaf is narrow and far from the origin. FLOPs a sample and leaf: D^2 + 5 D forward; 3 D^2 + 7 D more
+// for all gradients (z again, W^T z, sum g z z^T); D^2 + 5 D for the moments of EM. The triangle is exact: blocks of
+// kRows rows of W, a block's own corner unrolled.
+//
+// Their loops take half a load from L1 for a multiply-add, and reach 75 to 90 % of the FMA peak, as a large GEMM does.
+// Around them, at D 20, elementwise work cost as much again; it therefore stands where arithmetic hides it:
+// differences, products with g or sqrt(r) and first moments in the corners.
+#include "gaussian/gaussian_cpu.h"
+#include "gaussian/gaussian_few.h"
 
 namespace ff {
 namespace FF_ISA {
 namespace {
 
-constexpr int kRows = 4;  // of W at a time
-#if defined(__AVX512F__)
-constexpr int kVectors = 4;  // of samples at a time: 16 sums and 4 differences in 32 registers
-constexpr int kColumns = 4;  // of a tile of second moments
-#else
-constexpr int kVectors = 2;
-constexpr int kColumns = 2;
-#endif
-template <class T>
-constexpr int kStrip = kVectors * kLanes<T>;  // samples at a time
-
-// Rows of a chunk lie a little further apart than kChunk: at a power of two they would share few sets of L1.
-constexpr int kRow = kChunk + 16;
-
-// Products of vanishing responsibilities are subnormal, and each such result would cost a hundred cycles: 0 instead.
-class FlushSubnormals {
- public:
-#if defined(__x86_64__)
-  FlushSubnormals() : before_(__builtin_ia32_stmxcsr()) { __builtin_ia32_ldmxcsr(before_ | 0x8040); }
-  ~FlushSubnormals() { __builtin_ia32_ldmxcsr(before_); }
-
- private:
-  unsigned before_;
-#else
-  FlushSubnormals() {}
-  ~FlushSubnormals() {}
-#endif
-};
-
-template <class T>
-struct Buffer {
-  struct Free {
-    void operator()(T* p) const { std::free(p); }
-  };
-  std::unique_ptr<T, Free> memory;
-  explicit Buffer(int64_t n) : memory(static_cast<T*>(std::aligned_alloc(64, (size_t(n) * sizeof(T) + 63) / 64 * 64))) {
-    if (!memory) throw std::bad_alloc();
-  }
-  operator T*() const { return memory.get(); }
-};
-
-// out[i] = sum over the lanes of v[i]
-template <class T, int kCount>
-FF_INLINE void sums(const Vector<T> (&v)[kCount], T* out) {
-  constexpr int L = kLanes<T>;
-  static_assert(kCount % L == 0);
-#pragma GCC unroll 8
-  for (int first = 0; first < kCount; first += L) {
-    Vector<T> level[L];
-#pragma GCC unroll 16
-    for (int i = 0; i < L; ++i) level[i] = v[first + i];
-#pragma GCC unroll 4
-    for (int n = L / 2; n; n /= 2)
-#pragma GCC unroll 8
-      for (int i = 0; i < n; ++i) level[i] = pair_sums<T>(level[2 * i], level[2 * i + 1]);
-    store(out + first, level[0]);
-  }
-}
-
-// out[i] += sum over the lanes of vector i of `count`, a multiple of 4.
-template <class T>
-FF_INLINE void add_sums(const T* vectors, int count, T* out) {
-  constexpr int L = kLanes<T>, kFour = L > kRows ? L : kRows;
-  for (int first = 0; first < count; first += kRows) {
-    Vector<T> v[kFour] = {};
-#pragma GCC unroll 4
-    for (int i = 0; i < kRows; ++i) v[i] = load(vectors + (first + i) * L);
-    alignas(64) T result[kFour];
-    sums<T>(v, result);
-    for (int i = 0; i < kRows; ++i) out[first + i] += result[i];
-  }
-}
-
 // W in blocks: forward, [rows i0..i0+3] x [columns 0..i0+3], column by column; backward, the same of W^T.
 FF_INLINE int64_t forward_block(int i0) { return int64_t(i0) / 2 * (i0 / 4 + 1) * 4; }
 FF_INLINE int64_t backward_block(int j0, int dims) { return int64_t(j0) * dims - int64_t(j0) / 2 * (j0 - 4); }
 
-// sum_{j <= i} W_ij d_j for rows i0..i0+R-1 and a strip of samples; d [D][stride].
+// z_i = sum_{j <= i} W_ij d_j, d = x - m, for rows i0..i0+R-1 and a strip of samples; x [D][kPanel]. d [D][kStrip]
+// holds the rows before, and these rows after.
 template <class T, int R>
-FF_INLINE void whitened_rows(const T* w, const T* d, int64_t stride, int i0, Vector<T> (&z)[R][kVectors]) {
+FF_INLINE void whitened_rows(const T* w, const T* x, const T* mean, T* d, int i0, Vector<T> (&z)[R][kVectors]) {
   for (auto& row : z)
     for (auto& v : row) v = Vector<T>{};
-  for (int j = 0; j < i0; ++j, w += R, d += stride) {
+  for (int j = 0; j < i0; ++j, w += R, d += kStrip<T>) {
     Vector<T> at[kVectors];
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) at[v] = load(d + v * kLanes<T>);
@@ -109,11 +35,16 @@ FF_INLINE void whitened_rows(const T* w, const T* d, int64_t stride, int i0, Vec
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) z[r][v] += w[r] * at[v];
   }
+  x += i0 * kPanel;
+  mean += i0;
 #pragma GCC unroll 4
-  for (int c = 0; c < R; ++c, w += R, d += stride) {
+  for (int c = 0; c < R; ++c, w += R, d += kStrip<T>) {
     Vector<T> at[kVectors];
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) at[v] = load(d + v * kLanes<T>);
+    for (int v = 0; v < kVectors; ++v) {
+      at[v] = load(x + c * kPanel + v * kLanes<T>) - mean[c];
+      store(d + v * kLanes<T>, at[v]);
+    }
 #pragma GCC unroll 4
     for (int r = c; r < R; ++r)
 #pragma GCC unroll 4
@@ -121,56 +52,38 @@ FF_INLINE void whitened_rows(const T* w, const T* d, int64_t stride, int i0, Vec
   }
 }
 
-// y_j += sum_{i >= j} W_ij u_i for j0..j0+R-1; y [.][y_stride], u [D][u_stride] from row j0 on.
+// y_j += g sum_{i >= j} W_ij z_i for j0..j0+R-1; y [.][kPanel], z [D][kRow] from row j0 on.
 template <class T, int R>
-FF_INLINE void unwhitened_rows(const T* w, const T* u, int64_t u_stride, T* y, int64_t y_stride, int rows) {
-  Vector<T> sum[R][kVectors];
+FF_INLINE void unwhitened_rows(const T* w, const T* z, const T* g, T* y, int rows) {
+  Vector<T> sum[R][kVectors] = {};
 #pragma GCC unroll 4
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) sum[r][v] = load(y + r * y_stride + v * kLanes<T>);
-#pragma GCC unroll 4
-  for (int c = 0; c < R; ++c, w += R, u += u_stride) {
+  for (int c = 0; c < R; ++c, w += R, z += kRow) {
     Vector<T> at[kVectors];
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) at[v] = load(u + v * kLanes<T>);
+    for (int v = 0; v < kVectors; ++v) at[v] = load(z + v * kLanes<T>);
 #pragma GCC unroll 4
     for (int r = 0; r <= c; ++r)
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) sum[r][v] += w[r] * at[v];
   }
-  for (int i = R; i < rows; ++i, w += R, u += u_stride) {
+  for (int i = R; i < rows; ++i, w += R, z += kRow) {
     Vector<T> at[kVectors];
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) at[v] = load(u + v * kLanes<T>);
+    for (int v = 0; v < kVectors; ++v) at[v] = load(z + v * kLanes<T>);
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) sum[r][v] += w[r] * at[v];
   }
 #pragma GCC unroll 4
-  for (int r = 0; r < R; ++r)
+  for (int v = 0; v < kVectors; ++v) {
+    const Vector<T> factor = load(g + v * kLanes<T>);
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) store(y + r * y_stride + v * kLanes<T>, sum[r][v]);
-}
-
-// Calls body(integral constant R, first row) for the blocks of rows.
-template <class Body>
-FF_INLINE void each_block(int dims, const Body& body) {
-  int i0 = 0;
-  for (; i0 + kRows <= dims; i0 += kRows) body(std::integral_constant<int, kRows>{}, i0);
-  switch (dims - i0) {
-    case 3: return body(std::integral_constant<int, 3>{}, i0);
-    case 2: return body(std::integral_constant<int, 2>{}, i0);
-    case 1: return body(std::integral_constant<int, 1>{}, i0);
+    for (int r = 0; r < R; ++r) {
+      T* to = y + r * kPanel + v * kLanes<T>;
+      store(to, load(to) + factor * sum[r][v]);
+    }
   }
-}
-
-template <class T>
-FF_INLINE void differences(const T* panel, const T* mean, int dims, T* d) {
-  for (int j = 0; j < dims; ++j, panel += kPanel, d += kStrip<T>)
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) store(d + v * kLanes<T>, load(panel + v * kLanes<T>) - mean[j]);
 }
 
 template <class T>
@@ -298,100 +211,6 @@ FF_INLINE void careful_squares(const float* panel, const float* mean, const floa
   }
 }
 
-// A vector of leaves in at most kFewDims dimensions, from its place in `lanes`.
-template <class T, int D>
-struct FewLeaves {
-  static constexpr int kPairs = D * (D + 1) / 2;
-  const T* at;  // mean
-
-  FF_INLINE static FewLeaves of(const GaussianLeaves<T>& leaves, int64_t k) {
-    return {leaves.lanes + k / kLeafGroup * gaussian_lane_fields(D) * kLeafGroup + k % kLeafGroup};
-  }
-  FF_INLINE const T* mean(int j) const { return at + j * kLeafGroup; }
-  FF_INLINE const T* w(int i, int j) const { return at + (D + i * (i + 1) / 2 + j) * kLeafGroup; }
-  FF_INLINE const T* log_norm() const { return at + (D + kPairs) * kLeafGroup; }
-  FF_INLINE const T* careful() const { return log_norm() + kLeafGroup; }
-  FF_INLINE const T* rest(int i, int j) const { return careful() + (1 + i * (i + 1) / 2 + j) * kLeafGroup; }
-
-  FF_INLINE void whitened(const T* x, Vector<T> (&z)[D]) const {
-#pragma GCC unroll 4
-    for (int j = 0; j < D; ++j) {
-      const Vector<T> d = x[j] - load(mean(j));
-#pragma GCC unroll 4
-      for (int i = j; i < D; ++i) z[i] = j ? z[i] + load(w(i, j)) * d : load(w(i, j)) * d;
-    }
-  }
-  FF_INLINE Vector<T> density(const T* x) const {
-    Vector<T> z[D];
-    whitened(x, z);
-    Vector<T> squares = z[0] * z[0];
-#pragma GCC unroll 4
-    for (int i = 1; i < D; ++i) squares += z[i] * z[i];
-    return gaussian_log_density(T(0), squares) + load(log_norm());
-  }
-};
-
-// Densities in double of the leaves whose flag is set: where D is small, the cancellation inside z is all of the
-// result's error (condition number 1e6, D 2: 3e-5 of the log density in float32).
-template <int D>
-FF_INLINE FloatVector careful_density(const FewLeaves<float, D>& leaves, const float* x, FloatVector plain) {
-  typedef float Half __attribute__((vector_size(FF_VECTOR_BYTES / 2)));
-  constexpr int L = kLanes<double>;
-  const auto wide = [](const float* p) __attribute__((always_inline)) {
-    Half at;
-    __builtin_memcpy(&at, p, sizeof(at));
-    return __builtin_convertvector(at, DoubleVector);
-  };
-  const FloatVector flag = load(leaves.careful());
-  if (max_lane<float>(flag) == 0.f) return plain;
-  float result[2 * L];
-  for (int l = 0; l < 2 * L; l += L) {
-    DoubleVector d[D], squares{};
-    for (int i = 0; i < D; ++i) {
-      d[i] = double(x[i]) - wide(leaves.mean(i) + l);
-      DoubleVector z{};
-      for (int j = 0; j <= i; ++j) z += (wide(leaves.w(i, j) + l) + wide(leaves.rest(i, j) + l)) * d[j];
-      squares += z * z;
-    }
-    const Half half = __builtin_convertvector(wide(leaves.log_norm() + l) - 0.5 * squares, Half);
-    __builtin_memcpy(result + l, &half, sizeof(half));
-  }
-  return flag > 0.f ? load(result) : plain;
-}
-
-// Samples [begin, end). A leaf is loaded once for some of them.
-template <class T, int D, bool kCareful>
-void few_dims(const GaussianLogProbParams<T>& p, int64_t begin, int64_t end) {
-  constexpr int L = kLanes<T>;
-  const int64_t K = p.size.leaves;
-  const auto some = [&](auto samples, int64_t n) __attribute__((always_inline)) {
-    const T* x = p.x + n * D;
-    T* out = p.log_prob + n * K;
-    for (int64_t k = 0; k < K; k += L) {
-      const auto leaves = FewLeaves<T, D>::of(p.leaves, k);
-      for (int i = 0; i < samples; ++i) {
-        Vector<T> density = leaves.density(x + i * D);
-        if constexpr (kCareful) density = careful_density<D>(leaves, x + i * D, density);
-        if (K - k >= L)
-          store(out + i * K + k, density);
-        else
-          store_partial(out + i * K + k, density, int(K - k));
-      }
-    }
-  };
-  int64_t n = begin;
-  for (; n + 4 <= end; n += 4) some(std::integral_constant<int, 4>{}, n);
-  for (; n < end; ++n) some(std::integral_constant<int, 1>{}, n);
-}
-
-template <class T>
-bool any_careful(const GaussianLogProbParams<T>& p) {
-  for (int64_t k = 0; k < p.size.leaves; ++k)
-    if (p.leaves.whiten[k * gaussian_whiten_size(p.size.dims, false) + gaussian_block_size(p.size.dims) - 1] != T(0))
-      return true;
-  return false;
-}
-
 template <class T>
 void log_prob(const GaussianLogProbParams<T>& p, int64_t begin, int64_t end) {
   constexpr int L = kLanes<T>;
@@ -410,23 +229,23 @@ void log_prob(const GaussianLogProbParams<T>& p, int64_t begin, int64_t end) {
     const int leaves = int(std::min<int64_t>(kLeafGroup, K - first_leaf));
     const int samples = int(std::min<int64_t>(kPanel, p.size.samples - first_sample));
     const T* panel = p.x + first_sample * D;
-    // A group's part of a row is a line or two: asked for before the work, they are there when it is stored.
-    for (int n = 0; n < samples; ++n) __builtin_prefetch(p.log_prob + (first_sample + n) * K + first_leaf, 1);
     for (int strip = 0; strip < samples; strip += kStrip<T>)
       for (int l = 0; l < leaves; ++l) {
         const int64_t k = first_leaf + l;
         const T *w = p.leaves.whiten + k * gaussian_whiten_size(D, false), *mean = p.leaves.mean + k * D;
+        // A group's part of a row is a line or two: asked for during the work, few at a time, it is there when stored.
+        for (int n = strip + l; n < std::min(strip + kStrip<T>, samples); n += leaves)
+          __builtin_prefetch(p.log_prob + (first_sample + n) * K + first_leaf, 1);
         T* out = tile + l * kPanel + strip;
         if constexpr (sizeof(T) == 4)
           if (w[gaussian_block_size(D) - 1] != 0) {
             careful_squares(panel + strip, mean, w, p.leaves.log_norm[k], D, out);
             continue;
           }
-        differences(panel + strip, mean, D, d);
         Vector<T> squares[kVectors] = {};
         each_block(D, [&](auto rows, int i0) __attribute__((always_inline)) {
           Vector<T> z[rows.value][kVectors];
-          whitened_rows<T, rows.value>(w + forward_block(i0), d, kStrip<T>, i0, z);
+          whitened_rows<T, rows.value>(w + forward_block(i0), panel + strip, mean, d, i0, z);
 #pragma GCC unroll 4
           for (int r = 0; r < rows.value; ++r)
 #pragma GCC unroll 4
@@ -525,9 +344,8 @@ FF_INLINE void load_group(const T* values, int64_t K, int64_t first_leaf, int64_
     }
 }
 
-// out[i][j] += sum_n a_i b_j over whole vectors of samples; a, b [.][kRow]; out rows of `width`. kDiagonal: j <= i
-// alone.
-template <class T, bool kDiagonal>
+// Sums over samples of kRows x kColumns products: out[i][j] += sum_n a_i b_j; a, b [.][kRow], out rows of `width`.
+template <class T>
 FF_INLINE void product_tile(const T* a, const T* b, int samples, T* out, int64_t width) {
   Vector<T> total[kRows * kColumns] = {};
   for (int n = 0; n < samples; n += kLanes<T>) {
@@ -538,7 +356,7 @@ FF_INLINE void product_tile(const T* a, const T* b, int samples, T* out, int64_t
     for (int j = 0; j < kColumns; ++j) {
       const Vector<T> right = load(b + j * kRow + n);
 #pragma GCC unroll 4
-      for (int i = kDiagonal ? j : 0; i < kRows; ++i) total[i * kColumns + j] += left[i] * right;
+      for (int i = 0; i < kRows; ++i) total[i * kColumns + j] += left[i] * right;
     }
   }
   alignas(64) T result[kRows * kColumns];
@@ -549,132 +367,31 @@ FF_INLINE void product_tile(const T* a, const T* b, int samples, T* out, int64_t
     for (int j = 0; j < kColumns; ++j) out[i * width + j] += result[i * kColumns + j];
 }
 
-// The lower triangle of sum_n a a'^T; a, b [rows][kRow], rows a multiple of 4.
-template <class T>
-FF_INLINE void product_triangle(const T* a, const T* b, int samples, int rows, T* out) {
-  for (int i = 0; i < rows; i += kRows) {
-    const T* from = a + i * kRow;
-    T* to = out + int64_t(i) * rows;
-    int j = 0;
-    for (; j < i; j += kColumns) product_tile<T, false>(from, b + j * kRow, samples, to + j, rows);
-    if constexpr (kColumns == kRows)
-      product_tile<T, true>(from, b + j * kRow, samples, to + j, rows);
-    else
-      for (; j < i + kRows; j += kColumns) product_tile<T, false>(from, b + j * kRow, samples, to + j, rows);
-  }
-}
-
-// A task of the grid: a range of leaf groups and a range of chunks.
-struct Task {
-  int64_t leaf_range, sample_range, first_group, last_group, first_chunk, last_chunk;
-  FF_INLINE Task(const GaussianGrid& g, int64_t task)
-      : leaf_range(task / g.sample_ranges),
-        sample_range(task % g.sample_ranges),
-        first_group(g.groups * leaf_range / g.leaf_ranges),
-        last_group(g.groups * (leaf_range + 1) / g.leaf_ranges),
-        first_chunk(g.chunks * sample_range / g.sample_ranges),
-        last_chunk(g.chunks * (sample_range + 1) / g.sample_ranges) {}
-};
-
-template <class T>
-T* moments_of(T* moments, const GaussianSize& s, int64_t sample_range, int64_t k) {
-  return moments + (sample_range * s.leaves + k) * gaussian_moment_size(s);
-}
-
-FF_INLINE int64_t panels_of(const GaussianSize& s) { return (s.samples + kPanel - 1) / kPanel; }
-
-template <class T>
-T* moments_begin(const GaussianBackwardParams<T>& p) {
-  return p.scratch + (p.grad_x ? GaussianGrid(p.size).leaf_ranges * panels_of(p.size) * p.size.dims * kPanel : 0);
-}
-
-constexpr int kFewSamples = 128;  // whose grad_x, one vector a dimension, stays in L1 (D 2: 16 KB)
-
-// Some vectors of leaves and at most kFewSamples samples: adds to `moments` [kSums][L] a vector of leaves: sum u z^T,
-// sum u, sum g; and, unless it is null, to grad_x [kFewSamples][D][L], whose lanes are still to be summed.
-template <class T, int D, int kSome>
-FF_INLINE void few_dims_backward(const GaussianBackwardParams<T>& p, int64_t k, int64_t first, int samples, T* grad_x,
-                                 T* moments) {
-  constexpr int L = kLanes<T>, kPairs = D * (D + 1) / 2, kSums = kPairs + D + 1;
-  const int64_t K = p.size.leaves;
-  Vector<T> totals[kSome][kSums];
-#pragma GCC unroll 2
-  for (int s = 0; s < kSome; ++s)
-#pragma GCC unroll 16
-    for (int i = 0; i < kSums; ++i) totals[s][i] = load(moments + (s * kSums + i) * L);
-  const int columns = int(std::min<int64_t>(L, K - k - (kSome - 1) * L));  // of the last vector
-  for (int n = 0; n < samples; ++n) {
-    const T *x = p.x + (first + n) * D, *grad = p.grad + (first + n) * K + k;
-    Vector<T> y[D] = {};
-#pragma GCC unroll 2
-    for (int s = 0; s < kSome; ++s) {
-      const auto leaves = FewLeaves<T, D>::of(p.leaves, k + s * L);
-      const Vector<T> g = s < kSome - 1 || columns == L ? load(grad + s * L) : load_partial(grad + s * L, columns);
-      Vector<T> z[D];
-      leaves.whitened(x, z);
-      int pair = 0;
+// One block of kRows rows: rows_at(n, a, b, total) makes a vector of samples of them, keeps what tiles need and adds to
+// their sums. With kCorners their products with each other, up to the diagonal, are taken on the way.
+template <class T, class Rows>
+FF_INLINE void product_corner(int samples, T* first, T* out, int64_t width, const Rows& rows_at) {
+  constexpr int kCorner = kCorners ? kRows * (kRows + 1) / 2 : 0, L = kLanes<T>;
+  constexpr int kSums = (kRows + kCorner + L - 1) / L * L;
+  Vector<T> total[kSums] = {};
+  for (int n = 0; n < samples; n += L) {
+    Vector<T> a[kRows], b[kRows];
+    rows_at(n, a, b, total);
+    if constexpr (kCorners) {
 #pragma GCC unroll 4
-      for (int i = 0; i < D; ++i) {
-        const Vector<T> u = g * z[i];
+      for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 4
-        for (int j = 0; j <= i; ++j) {
-          totals[s][pair++] += u * z[j];
-          y[j] += load(leaves.w(i, j)) * u;
-        }
-        totals[s][kPairs + i] += u;
-      }
-      totals[s][kPairs + D] += g;
+        for (int j = 0; j <= i; ++j) total[kRows + i * (i + 1) / 2 + j] += a[i] * b[j];
     }
-    if (grad_x)
-#pragma GCC unroll 4
-      for (int j = 0; j < D; ++j) store(grad_x + (n * D + j) * L, load(grad_x + (n * D + j) * L) + y[j]);
   }
-#pragma GCC unroll 2
-  for (int s = 0; s < kSome; ++s)
-#pragma GCC unroll 16
-    for (int i = 0; i < kSums; ++i) store(moments + (s * kSums + i) * L, totals[s][i]);
-}
-
-// A task in few dimensions: its leaves' moments, and its part of grad_x in panels.
-template <class T, int D>
-void few_dims_task(const GaussianBackwardParams<T>& p, const Task& task, bool of_leaves) {
-  constexpr int L = kLanes<T>, kPairs = D * (D + 1) / 2, kSums = kPairs + D + 1;
-  const GaussianSize& s = p.size;
-  const int64_t first_leaf = task.first_group * kLeafGroup;
-  const int64_t last_leaf = std::min(s.leaves, task.last_group * kLeafGroup);
-  const int64_t vectors = (last_leaf - first_leaf + L - 1) / L;
-  Buffer<T> moments(vectors * kSums * L), sums_x(p.grad_x ? kFewSamples * D * L : 1);
-  std::fill(+moments, moments + vectors * kSums * L, T(0));
-  const int64_t end = std::min(s.samples, task.last_chunk * kChunk);
-  for (int64_t first = task.first_chunk * kChunk; first < end; first += kFewSamples) {
-    const int samples = int(std::min<int64_t>(kFewSamples, end - first));
-    T* grad_x = p.grad_x ? +sums_x : nullptr;
-    if (grad_x) std::fill(grad_x, grad_x + kFewSamples * D * L, T(0));
-    constexpr int kSome = D <= 2 ? 2 : 1;
-    int64_t v = 0;
-    for (; v + kSome <= vectors; v += kSome)
-      few_dims_backward<T, D, kSome>(p, first_leaf + v * L, first, samples, grad_x, moments + v * kSums * L);
-    for (; v < vectors; ++v)
-      few_dims_backward<T, D, 1>(p, first_leaf + v * L, first, samples, grad_x, moments + v * kSums * L);
-    if (!grad_x) continue;
-    T* out = p.scratch + (task.leaf_range * ((s.samples + kPanel - 1) / kPanel) * kPanel + first) * D;
-    for (int n = 0; n < (samples + kPanel - 1) / kPanel * kPanel; n += L)
+  alignas(64) T result[kSums];
+  sums<T>(total, result);
 #pragma GCC unroll 4
-      for (int j = 0; j < D; ++j) {
-        Vector<T> lanes[L];
-#pragma GCC unroll 16
-        for (int i = 0; i < L; ++i) lanes[i] = load(grad_x + ((n + i) * D + j) * L);
-        sums<T>(lanes, out + int64_t(n / kPanel) * kPanel * D + j * kPanel + n % kPanel);
-      }
-  }
-  if (!of_leaves) return;
-  for (int64_t k = first_leaf; k < last_leaf; ++k) {
-    T* second = moments_of(moments_begin(p), s, task.sample_range, k);
-    const T* from = moments + (k - first_leaf) / L * kSums * L + (k - first_leaf) % L;
-    for (int i = 0; i < D; ++i)
-      for (int j = 0; j <= i; ++j) second[i * kRows + j] = from[(i * (i + 1) / 2 + j) * L];
-    for (int i = 0; i < D; ++i) second[kRows * kRows + i] = from[(kPairs + i) * L];
-    second[kRows * kRows + kRows] = from[(kPairs + D) * L];
+  for (int i = 0; i < kRows; ++i) {
+    first[i] += result[i];
+    if constexpr (kCorners)
+#pragma GCC unroll 4
+      for (int j = 0; j <= i; ++j) out[i * width + j] += result[kRows + i * (i + 1) / 2 + j];
   }
 }
 
@@ -687,9 +404,8 @@ void backward(const GaussianBackwardParams<T>& p, int64_t begin, int64_t end) {
   const bool of_leaves = p.grad_mean || p.grad_scale_tril;
   const FlushSubnormals flush;
   alignas(64) T d[kMostDims * kStrip<T>];
-  Buffer<T> grads(kLeafGroup * kRow), z(int64_t(rows) * kRow), u(int64_t(rows) * kRow), sums_u(int64_t(rows) * L);
+  Buffer<T> grads(kLeafGroup * kRow), z(int64_t(rows) * kRow), u(kRows * kRow);
   std::fill(z + int64_t(D) * kRow, z + int64_t(rows) * kRow, T(0));
-  std::fill(u + int64_t(D) * kRow, u + int64_t(rows) * kRow, T(0));
   for (int64_t index = begin; index < end; ++index) {
     const Task task(grid, index);
     const int64_t first = task.first_group * kLeafGroup, last = std::min(s.leaves, task.last_group * kLeafGroup);
@@ -713,44 +429,49 @@ void backward(const GaussianBackwardParams<T>& p, int64_t begin, int64_t end) {
         const T* forward = p.leaves.whiten + k * gaussian_whiten_size(D, true);
         const T* back = forward + gaussian_block_size(D);
         T* second = of_leaves ? moments_of(moments_begin(p), s, task.sample_range, k) : nullptr;
-        std::fill(+sums_u, sums_u + int64_t(rows) * L, T(0));
-        // 1. z and u = g z of the chunk, and grad_x while u is in L1
+        // 1. z of the chunk, and grad_x while it is in L1
         for (int n = 0; n < padded; n += kStrip<T>) {
           const int64_t panel = int64_t(n / kPanel) * kPanel * D + n % kPanel;
-          differences(panels + panel, p.leaves.mean + k * D, D, d);
           each_block(D, [&](auto block, int i0) __attribute__((always_inline)) {
             Vector<T> zs[block.value][kVectors];
-            whitened_rows<T, block.value>(forward + forward_block(i0), d, kStrip<T>, i0, zs);
+            whitened_rows<T, block.value>(forward + forward_block(i0), panels + panel, p.leaves.mean + k * D, d, i0,
+                                          zs);
 #pragma GCC unroll 4
             for (int r = 0; r < block.value; ++r)
 #pragma GCC unroll 4
-              for (int v = 0; v < kVectors; ++v) {
-                store(z + (i0 + r) * kRow + n + v * L, zs[r][v]);
-                zs[r][v] *= load(grad + n + v * L);
-                store(u + (i0 + r) * kRow + n + v * L, zs[r][v]);
-              }
-#pragma GCC unroll 4
-            for (int r = 0; r < block.value; ++r) {
-              Vector<T> total = load(sums_u + (i0 + r) * L);
-#pragma GCC unroll 4
-              for (int v = 0; v < kVectors; ++v) total += zs[r][v];
-              store(sums_u + (i0 + r) * L, total);
-            }
+              for (int v = 0; v < kVectors; ++v) store(z + (i0 + r) * kRow + n + v * L, zs[r][v]);
           });
           if (grad_x)
             each_block(D, [&](auto block, int j0) __attribute__((always_inline)) {
-              unwhitened_rows<T, block.value>(back + backward_block(j0, D), u + j0 * kRow + n, kRow,
-                                              grad_x + panel + j0 * kPanel, kPanel, D - j0);
+              unwhitened_rows<T, block.value>(back + backward_block(j0, D), z + j0 * kRow + n, grad + n,
+                                              grad_x + panel + j0 * kPanel, D - j0);
             });
         }
         if (!of_leaves) continue;
-        // 2. sum g, sum u, sum u z^T
+        // 2. sum g, sum u, sum u z^T, where u = g z
         T *mean = second + int64_t(rows) * rows, *count = mean + rows;
         Vector<T> total{};
         for (int n = 0; n < padded; n += L) total += load(grad + n);
         *count += sum<T>(total);
-        add_sums(+sums_u, rows, mean);
-        if (p.grad_scale_tril) product_triangle<T>(u, z, padded, rows, second);
+        for (int i = 0; i < rows; i += kRows) {
+          const T* at = z + i * kRow;
+          T* out = second + int64_t(i) * rows;
+          product_corner<T>(padded, mean + i, out + i, rows,
+                            [&](int n, Vector<T>(&a)[kRows], Vector<T>(&b)[kRows], Vector<T>* sums)
+                                __attribute__((always_inline)) {
+                                  const Vector<T> g = load(grad + n);
+#pragma GCC unroll 4
+                                  for (int r = 0; r < kRows; ++r) {
+                                    b[r] = load(at + r * kRow + n);
+                                    a[r] = g * b[r];
+                                    store(u + r * kRow + n, a[r]);
+                                    sums[r] += a[r];
+                                  }
+                                });
+          if (p.grad_scale_tril)
+            for (int j = 0; j < (kCorners ? i : i + kRows); j += kColumns)
+              product_tile<T>(u, z + j * kRow, padded, out + j, rows);
+        }
       }
     }
   }
@@ -836,9 +557,7 @@ void statistics(const GaussianStatisticsParams<T>& p, int64_t begin, int64_t end
   const GaussianGrid grid(s);
   const int D = s.dims, rows = int(gaussian_rows(s));
   const FlushSubnormals flush;
-  Buffer<T> roots(kLeafGroup * kRow), scaled(int64_t(rows) * kRow), root(kChunk), totals(int64_t(rows) * L);
-  std::fill(+totals, totals + int64_t(rows) * L, T(0));
-  std::fill(scaled + int64_t(D) * kRow, scaled + int64_t(rows) * kRow, T(0));
+  Buffer<T> roots(kLeafGroup * kRow), scaled(int64_t(rows) * kRow), root(kChunk);
   for (int64_t index = begin; index < end; ++index) {
     const Task task(grid, index);
     const int64_t first = task.first_group * kLeafGroup, last = std::min(s.leaves, task.last_group * kLeafGroup);
@@ -849,40 +568,39 @@ void statistics(const GaussianStatisticsParams<T>& p, int64_t begin, int64_t end
       for (int64_t k = first; k < last; ++k) {
         if (k % kLeafGroup == 0) load_group<T>(p.posterior, s.leaves, k, first_sample, samples, roots);
         const T *all = roots + k % kLeafGroup * kRow, *mean = p.leaves.mean + k * D;
-        // 1. which vectors take part, and their roots, padded to fours with zeros
+        // 1. which vectors take part, and their roots
         const T* from[kChunk / L];
         int vectors = 0;
         Vector<T> weights{};
         for (int n = 0; n < samples; n += L) {
           const Vector<T> q = load(all + n);
-          if (max_lane<T>(q) == T(0)) continue;
+          if (all_zero<T>(q)) continue;
           store(root + vectors * L, q);
           weights += q * q;
           from[vectors++] = panels + int64_t(n / kPanel) * D * kPanel + n % kPanel;
         }
         if (!vectors) continue;
-        for (; vectors % 4; ++vectors) {
-          store(root + vectors * L, Vector<T>{});
-          from[vectors] = from[0];
-        }
-        // 2. s and the first moments
+        // 2. s, the first and the second moments
         T* second = moments_of(p.scratch, s, task.sample_range, k);
         T *of_mean = second + int64_t(rows) * rows, *count = of_mean + rows;
         *count += sum<T>(weights);
-        for (int j = 0; j < D; ++j) {
-          Vector<T> total[4] = {};
-          for (int v = 0; v < vectors; v += 4)
+        each_block(D, [&](auto block, int i) {
+          T *at = scaled + i * kRow, *out = second + int64_t(i) * rows;
+          product_corner<T>(
+              vectors * L, of_mean + i, out + i, rows,
+              [&](int n, Vector<T>(&a)[kRows], Vector<T>(&b)[kRows], Vector<T>* sums) __attribute__((always_inline)) {
+                const Vector<T> q = load(root + n);
+                const T* x = from[n / L] + i * kPanel;
 #pragma GCC unroll 4
-            for (int i = 0; i < 4; ++i) {
-              const Vector<T> q = load(root + (v + i) * L), at = (load(from[v + i] + j * kPanel) - mean[j]) * q;
-              store(scaled + j * kRow + (v + i) * L, at);
-              total[i] += at * q;
-            }
-          store(totals + j * L, (total[0] + total[1]) + (total[2] + total[3]));
-        }
-        add_sums(+totals, rows, of_mean);
-        // 3. the second moments
-        product_triangle<T>(scaled, scaled, vectors * L, rows, second);
+                for (int r = 0; r < kRows; ++r) {
+                  a[r] = b[r] = r < block.value ? (load(x + r * kPanel) - mean[i + r]) * q : Vector<T>{};
+                  store(at + r * kRow + n, a[r]);
+                  sums[r] += a[r] * q;
+                }
+              });
+          for (int j = 0; j < (kCorners ? i : i + kRows); j += kColumns)
+            product_tile<T>(at, scaled + j * kRow, vectors * L, out + j, rows);
+        });
       }
     }
   }
