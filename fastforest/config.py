@@ -36,6 +36,8 @@ GIVEN_BY_DATA = ("landmarks", "mean_shape", "image_size")
 GIVEN_BY_RUN = ("size", "flip")
 """Arguments of `data.Augment` that the model and the landmarks set."""
 
+CONFIGS = Path(__file__).with_name("configs")
+
 DEFAULT_MINUTES = {True: 1.5, False: 20.0}
 DEFAULT_SIZE = {True: 64, False: 96}
 """By whether the faces are drawn: the demonstration takes about two minutes with the drawing."""
@@ -160,11 +162,14 @@ def merged(*layers: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """The tables of a TOML file.
+    """The tables of a TOML file, or of one in `configs` that is called by its name alone ("stacked").
 
     Raises:
         ConfigError: not TOML, or not UTF-8. OSError: it cannot be read.
     """
+    own = CONFIGS / f"{path}.toml"
+    if path.parent == Path() and not path.exists() and own.exists():
+        path = own
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError:

@@ -240,6 +240,29 @@ def test_crop_that_does_not_exist(photographs, capsys, tmp_path):
     assert error == f"fastforest: {photographs}: RecordFaces: crop must be one of landmarks, box, got 'circle'"
 
 
+def test_evaluation_and_prediction_crop_as_training_did(tmp_path, photographs, capsys):
+    out = tmp_path / "run"
+    words = [*TINY[4:], "--set", "data.padding=0.6"]
+    assert main(["train", "--data", str(photographs), "--out", str(out), *words]) == 0
+    trained = next(line for line in reversed(capsys.readouterr().out.splitlines()) if line.startswith("NME["))
+    path = out / "checkpoint.pt"
+    assert main(["evaluate", "--data", str(photographs), "--checkpoint", str(path)]) == 0
+    assert capsys.readouterr().out.splitlines()[0] == trained
+    aligner_, saved = Aligner.from_checkpoint(path), training.load(path)
+    assert aligner_.padding == saved.padding == 0.6
+    exported = tmp_path / "model.pt2"
+    assert main(["export", "--checkpoint", str(path), "--out", str(exported)]) == 0
+    assert Aligner.from_exported(exported).padding == 0.6
+    saved.settings["data"]["padding"] = 0.25
+    training.checkpoint.save(tmp_path / "other.pt", saved)
+    assert main(["evaluate", "--data", str(photographs), "--checkpoint", str(tmp_path / "other.pt")]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] != trained
+    assert (
+        main(["evaluate", "--data", "synthetic", "--faces", "20", "--checkpoint", str(path), "--subset", "full"]) == 2
+    )
+    assert "subset" in capsys.readouterr().err
+
+
 def test_groups_are_made_from_the_landmarks(tmp_path, capsys):
     small = ["groups=3", "trees=1", "depth=2", "units=8", "canvas=8", "backbone_options={width = 4, code = 8}"]
     words = [part for word in small for part in ("--set", f"model.{word}")]

@@ -1,6 +1,9 @@
 """The configuration: defaults, files, words, what is refused and in which words."""
 
+from pathlib import Path
+
 import pytest
+import torch
 
 from fastforest import config, data, models
 from fastforest.config import ConfigError, parse_set, read_toml, resolve
@@ -30,6 +33,17 @@ def test_a_share_of_pretraining_makes_a_model_that_can():
     for model in ({"name": "dense"}, {"pretrain": False}):
         with pytest.raises(ConfigError, match=r"train.pretrain must be 0 for model '\w+' without pretrain, got 0.25"):
             resolve({"train": {"pretrain": 0.25}, "model": model})
+
+
+@pytest.mark.parametrize("path", sorted(config.CONFIGS.glob("*.toml")), ids=lambda path: path.stem)
+def test_configurations_that_come_along_build_a_model_that_predicts(path):
+    chosen = resolve(read_toml(Path(path.stem)))
+    assert chosen == resolve(read_toml(path)) and chosen.data.size is not None
+    given = {"landmarks": 5, "mean_shape": [[chosen.data.size / 2] * 2] * 5, "image_size": chosen.data.size}
+    model = models.build(chosen.model.name, chosen.model.options | given).eval()
+    with torch.no_grad():
+        found = model(torch.rand(1, 3, chosen.data.size, chosen.data.size))
+    assert found.shape == (1, 5, 2) and bool(found.isfinite().all())
 
 
 @pytest.mark.parametrize("name", list(models.MODELS))

@@ -174,7 +174,12 @@ def _unused(folder: Path) -> Path:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--config", type=Path, metavar="FILE", help="TOML with sections data, model, augment, train")
+    add(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="TOML with sections data, model, augment, train; or the name of one that comes along: stacked",
+    )
     add("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="one key over the file's; repeatable")
     add("--print-config", action="store_true", help="print the resolved configuration as TOML, and train nothing")
     add("--data", metavar="synthetic|DIR", help="drawn faces, a crop package or .pts files")
