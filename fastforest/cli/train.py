@@ -182,7 +182,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="one key over the file's; repeatable")
     add("--print-config", action="store_true", help="print the resolved configuration as TOML, and train nothing")
-    add("--data", metavar="synthetic|DIR", help="drawn faces, a crop package or .pts files")
+    add("--data", metavar="synthetic|PATH", help="drawn faces, or a set as `data.open_dataset` takes it")
     add("--faces", type=whole(10), help="synthetic: how many (default: 1000)")
     add("--face-seed", type=whole(0), help="synthetic: which series (default: 0)")
     add("--out", type=Path, help="folder of the run (default: a new one, runs/DATA-MODEL)")

@@ -63,7 +63,8 @@ class Augment:
     scale: the face grows by a factor uniform in log between 1 / (1 + scale) and 1 + scale.
     shift: fraction of the image's side, uniform in [-shift, shift] per axis.
     flip: permutation of the landmarks for mirror images, half of the batch in the mean; None never mirrors.
-    colour: strength c: brightness added in [-c/2, c/2], contrast and the gain of each channel in [1 - c, 1 + c].
+    colour: strength c: brightness added in [-c/2, c/2], contrast in [1 - c, 1 + c], the gain of each channel in
+        [1 - c/2, 1 + c/2]; no factor is negative.
     occlude: probability that a rectangle (sides 10 to 40 % of the image's, one random colour) hides a part.
     blur: probability of a box blur, 3 x 3 or 5 x 5 pixels, mixed in by a random weight.
 

@@ -53,11 +53,10 @@ def fit(
 ) -> History:
     """Trains in rounds; evaluates on the held-out faces after each.
 
-    First, once, a model that has `start(images, points)` sees a bounded sample of plain training faces, with the mean
-    shape in place of unknown landmarks. A round:
-    network steps (AdamW on `model.loss` of augmented batches), then, for a model with leaves, statistics over at most
-    `leaf_faces` training faces (`model.accumulate`) and the closed-form `model.update()`. A landmark that is NaN has
-    weight 0.
+    First, once, a model that has `start(images, points)` sees a bounded sample of augmented training faces, with the mean
+    shape in place of unknown landmarks. A round: network steps (AdamW on `model.loss` of augmented batches), then, for a
+    model with leaves, statistics over at most `leaf_faces` training faces (`model.accumulate`) and the closed-form
+    `model.update()`. A landmark that is NaN has weight 0.
 
     With the same model, data, configuration and number of threads on the same machine, two runs agree bit for bit on
     the CPU when rounds, not minutes, end them; so do one run and the same run killed at any moment and resumed.

@@ -20,7 +20,7 @@ def learning_rate_factor(
     """What multiplies the learning rate at `progress` t.
 
     "cosine": floor + (1 - floor) (1 + cos(pi t)) / 2. "step": 1, then a factor 0.3 at each of `STEPS`. "constant": 1.
-    "multistep": 1, then a factor `drop` at each of `milestones`.
+    "multistep": 1, then a factor `drop` at each of `milestones`. At least `floor`.
 
     Raises:
         ValueError: unknown kind.

@@ -31,7 +31,8 @@ class TrainConfig:
     rate, weight_decay: of AdamW.
     schedule: "cosine", "step", "constant", "multistep" or "plateau".
     milestones: of "multistep", shares of the run, increasing.
-    drop: what "multistep" multiplies the rate by at each milestone, and "plateau" when the watched error is stuck.
+    drop: what "multistep" multiplies the rate by at each milestone, and "plateau" when the watched error is stuck; both
+    end at a hundredth of the rate.
     plateau: rounds without an improvement after which "plateau" drops.
     warmup: steps over which the learning rate rises linearly; steps, not a share of the run, because a run that its
     minutes end may have few on a busy machine, and unwarmed ones do lasting harm.
@@ -47,7 +48,7 @@ class TrainConfig:
     ema: decay of the weights' running average, used for evaluation; None: no average.
     amp: autocast of the network steps: "off", "bf16", or "fp16" with a scaled loss. True and False are "bf16", "off".
     cache: decoded faces are kept in "memory", or nowhere ("off"), or in a file in the folder of that name.
-    workers, pin: processes that read ahead, into pinned memory, what is not in memory.
+    workers, pin: processes that read ahead, into pinned memory, where the cache is not "memory".
     seed: of the order, augmentation and dropout (not of the model's first weights).
     normalizer: of the metrics; None: "inter_ocular" where the number of landmarks has it, else "box".
     threshold: of failure rate and AUC.
