@@ -14,6 +14,8 @@ from PIL import Image
 from fastforest import aligner, config, data, models, training
 from fastforest.aligner import Aligner
 from fastforest.cli import main
+from fastforest.cli.sets import open_evaluated
+from fastforest.config import DataConfig
 
 SIZE = 32
 TINY = ["--data", "synthetic", "--faces", "20", "--size", str(SIZE), "--rounds", "1", "--batch", "4", "--steps", "2"]
@@ -238,6 +240,14 @@ def test_what_drawn_faces_do_not_have(word, sentence, capsys, tmp_path):
 def test_crop_that_does_not_exist(photographs, capsys, tmp_path):
     error = complaint(capsys, "train", "--data", photographs, "--out", tmp_path / "x", "--set", "data.crop=circle")
     assert error == f"fastforest: {photographs}: RecordFaces: crop must be one of landmarks, box, got 'circle'"
+
+
+def test_evaluation_counts_landmarks_that_lie_outside_their_crops(photographs):
+    chosen = DataConfig(str(photographs), size=32, crop="box", padding=0.0)
+    truth, points = open_evaluated(chosen), data.RecordFaces(data.read_dlib(photographs), 32, crop="box", padding=0.0)
+    assert points.masked > 0
+    assert all(face.points.isfinite().all() for face in truth)
+    assert truth[0].points[8, 1] > 31.5  # the chin, below the face
 
 
 def test_evaluation_and_prediction_crop_as_training_did(tmp_path, photographs, capsys):

@@ -34,13 +34,15 @@ def open_sets(chosen: Config) -> tuple[Any, Any]:
 def open_evaluated(chosen: DataConfig) -> Any:
     """The set whole, for a checkpoint's evaluation: `crop`, `padding` and `fallback` count where the set has any.
 
+    Landmarks outside their crops stay: an evaluation without them would leave out the worst.
+
     Raises:
         DataError, BadInput: as `open_sets`.
     """
-    return _dataset(chosen, needed=False)
+    return _dataset(chosen, evaluated=True)
 
 
-def _dataset(chosen: DataConfig, *, needed: bool = True) -> Any:
+def _dataset(chosen: DataConfig, *, evaluated: bool = False) -> Any:
     size = max(16, _size(chosen))
     try:
         dataset = data.open_dataset(
@@ -48,13 +50,13 @@ def _dataset(chosen: DataConfig, *, needed: bool = True) -> Any:
         )
         crop = {"crop": chosen.crop, "padding": chosen.padding, "fallback": chosen.fallback}
         if isinstance(dataset, data.RecordFaces):
-            return data.RecordFaces(dataset.records, size, **crop)  # type: ignore[arg-type]
+            return data.RecordFaces(dataset.records, size, keep_outside=evaluated, **crop)  # type: ignore[arg-type]
     except ValueError as error:
         if isinstance(error, data.DataError):
             raise
         raise BadInput(f"{chosen.path}: {error}") from None
     changed = [name for name, value in crop.items() if value != getattr(DataConfig, name)]
-    if changed and needed:
+    if changed and not evaluated:
         raise BadInput(f"data.{changed[0]} is for sets of annotated photographs, which {chosen.path} is not")
     return dataset
 
