@@ -408,6 +408,8 @@ OUT_OF_MEMORY = [
         "[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory: you tried to allocate"
     ),
     RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 4000000000000 bytes."),
+    RuntimeError("CUDA error: out of memory"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
 ]
 
 
@@ -425,7 +427,7 @@ def greedy(faces, most, error):
     return model
 
 
-@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=["device", "python", "linux", "windows"])
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=["device", "python", "linux", "windows", "driver", "cublas"])
 def test_memory_that_runs_out_halves_the_batch_for_the_rest_of_the_run(error, faces, tmp_path, caplog):
     config = settings(rounds=2, log_every=1)
     history = training.fit(greedy(faces, 2, error), *faces, config, tmp_path)

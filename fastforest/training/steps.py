@@ -106,8 +106,8 @@ class Descent:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Of the device or of the processor, which PyTorch tells by its words alone."""
-    words = ("not enough memory", "can't allocate memory")
+    """Of the device or of the processor; but from its own allocator on a device, PyTorch tells it by words alone."""
+    words = ("not enough memory", "can't allocate memory", "CUDA error: out of memory", "STATUS_ALLOC_FAILED")
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
         isinstance(error, RuntimeError) and any(word in str(error) for word in words)
     )
