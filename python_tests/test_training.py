@@ -454,6 +454,17 @@ def test_ranks_that_share_batch_norm_cannot_halve(faces, monkeypatch):
         training.fit(greedy(faces, 0, OUT_OF_MEMORY[0]), *faces, settings(), None)
 
 
+def test_model_that_no_checkpoint_can_name_is_told_before_it_trains(faces, tmp_path):
+    given = {"landmarks": 68, "mean_shape": training.mean_shape(faces[0]).tolist(), "image_size": faces[0].size}
+    backbone = torch.nn.Conv2d(3, 8, 3, stride=4, padding=1)
+    model = models.build("coordinates", given | {"backbone": backbone})
+    sentence = "out must be None for this model: CoordinateRegression: the backbone was given as a Conv2d, which a conf"
+    with pytest.raises(TrainingError, match=sentence):
+        training.fit(model, *faces, settings(rounds=1), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    assert training.fit(model, *faces, settings(rounds=1), None).last["round"] == 1
+
+
 def test_batch_of_fewer_faces_than_ranks_and_a_normalizer_without_eyes_are_told(faces, monkeypatch):
     with pytest.raises(TrainingError, match=r"train.normalizer does not suit the landmarks: .* got 5"):
         training.fit(tiny("dense", faces), *map(Few, faces), settings(normalizer="inter_pupil"), None)

@@ -96,7 +96,7 @@ def fit(
         raise ValueError(f"fit: train and held_out must be of one size, got {train.size} and {held_out.size}")
     if resume and out is None:
         raise ValueError("fit: resume needs the folder of the run (out), got None")
-    _check_fits(config, model, held_out)
+    _check_fits(config, model, held_out, writes=out is not None)
     device = next(model.parameters()).device
     cuda = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(cuda, device_type="cuda"):
@@ -327,13 +327,18 @@ class Run:
         return f"training stopped: {what} in round {number}, step {in_round}; {kept}"
 
 
-def _check_fits(config: TrainConfig, model: Any, faces: Batches) -> None:
+def _check_fits(config: TrainConfig, model: Any, faces: Batches, *, writes: bool) -> None:
     if config.batch < ranks.count():
         raise TrainingError(f"train.batch must be at least the number of ranks, {ranks.count()}, got {config.batch}")
     if config.pretrain and not hasattr(model, "pretrain_loss"):
         raise TrainingError(
             f"train.pretrain must be 0 for the model '{model.name}', which has no pretrain_loss, got {config.pretrain:g}"
         )
+    if writes:
+        try:
+            model.config()
+        except ValueError as error:  # a checkpoint names what it holds
+            raise TrainingError(f"out must be None for this model: {error}") from None
     if config.normalizer is not None:
         try:
             metrics.normalizer_distance(faces.batch([0])[1], config.normalizer)
