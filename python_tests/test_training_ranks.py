@@ -94,6 +94,12 @@ def test_memory_that_runs_out_on_one_rank_halves_the_batch_of_all(tmp_path):
     same(first["state"], second["state"], 0.0)
 
 
+def test_loss_that_is_lost_on_one_rank_ends_the_run_of_both(tmp_path):
+    """The other one waits for its gradients' batch statistics."""
+    said = {outcome["error"] for outcome in on_two_ranks("lost", tmp_path)}
+    assert said == {"training stopped: the loss is nan in round 1, step 1; no checkpoint was written yet"}
+
+
 def test_command_line_on_two_ranks_has_one_voice_and_resumes(tmp_path):
     small = ["--set=model.backbone_options={width = 8, code = 8}", "--set=model.leaves=16", "--set=model.canvas=8"]
     base = ["-m", "fastforest", "train", "--data", "synthetic", "--faces", "20", "--size", "32", "--out", "run"]

@@ -1,7 +1,7 @@
 """One rank of a training run: python training_ranks.py RUN OUT under torchrun's environment, or `work(run)` alone.
 
 RUN: "forest", "heatmap_forest" (group norm, faces of which some landmarks are unknown), "batch_norm", "minutes",
-"memory".
+"memory", "lost" (a loss that is NaN on the last rank).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def work(run: str) -> dict[str, Any]:
     train, held_out = (Cached(SyntheticFaces(count, SIZE, seed), SIZE).load() for count, seed in ((13, 1), (5, 2)))
     torch.manual_seed(0)
     given = {"landmarks": 68, "mean_shape": training.mean_shape(train).tolist(), "image_size": SIZE}
-    backbone = {"width": 8, "code": 8, "norm": "batch" if run == "batch_norm" else "group"}
+    backbone = {"width": 8, "code": 8, "norm": "batch" if run in ("batch_norm", "lost") else "group"}
     small: dict[str, Any] = {"canvas": 8, "leaves": 16, "rank": 8}
     if run == "heatmap_forest":
         small = {"canvas": 8, "trees": 2, "depth": 2, "units": 8, "groups": [i // 34 for i in range(68)]}
@@ -54,9 +54,14 @@ def work(run: str) -> dict[str, Any]:
         limits = {"rounds": 1, "steps": 1}
     if run == "memory":
         fail_once(model)
+    if run == "lost":
+        lose(model)
     # 7 faces a step and a leaf batch of 1 face: parts that differ in size, and one that is empty.
     config = training.TrainConfig(**limits, batch=7, warmup=2, rate=3e-3, leaf_faces=8, ema=0.9)
-    history = training.fit(model, Hidden(train) if run in models.MODELS else train, held_out, config)
+    try:
+        history = training.fit(model, Hidden(train) if run in models.MODELS else train, held_out, config)
+    except training.TrainingError as error:
+        return {"error": str(error)}
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     return {"state": dict(model.state_dict()), "gradients": gradients, "rounds": history.rounds}
 
@@ -72,6 +77,11 @@ def fail_once(model: Any) -> None:
         return own(*arguments)
 
     model.loss = loss
+
+
+def lose(model: Any) -> None:
+    own = model.loss
+    model.loss = lambda *given: own(*given) * (torch.nan if ranks.rank() == ranks.count() - 1 else 1.0)
 
 
 if __name__ == "__main__":

@@ -48,7 +48,8 @@ class Descent:
         if ranks.count() > 1:
             loss = loss * batch.share
         value = loss.item()
-        if math.isfinite(value):
+        # ranks that share BatchNorm wait for this one's sums, whatever they are
+        if math.isfinite(value) or ranks.count() > 1:
             self.scaler.scale(loss).backward()
         return value
 
