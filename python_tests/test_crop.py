@@ -255,6 +255,16 @@ def test_records_that_cannot_be_cropped(tmp_path: Path) -> None:
         nameless[0]
 
 
+def test_square_that_memory_would_not_hold(tmp_path: Path) -> None:
+    """Within eight sides of the image, but Pillow would refuse it in words of its own."""
+    records, wild = drawn_records(tmp_path), np.zeros((68, 2), np.float32)
+    Image.new("RGB", (2000, 1500)).save(tmp_path / "large.png")
+    wild[5] = 9000
+    faces = RecordFaces(changed(records, 0, image=tmp_path / "large.png", points=wild), 32)
+    with pytest.raises(DataError, match=r"^face_0: the face lies outside the image of 2000 x 1500 pixels$"):
+        faces[0]
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -24,6 +24,8 @@ __all__ = ["Crop", "crop_box"]
 
 LARGEST = 8
 """Side of a square, in longer sides of the image, that a wrong annotation is suspected beyond."""
+PIXELS = 1 << 27
+"""Of a square, four bytes each, beyond which no memory is spent on it; Pillow refuses little more."""
 
 
 def crop_box(points: np.ndarray, padding: float = 0.25) -> tuple[int, int, int]:
@@ -125,11 +127,11 @@ class Crop:
         return np.all((moved >= -0.5) & (moved <= self.size - 0.5), axis=-1)
 
     def misses(self, image: Image.Image) -> bool:
-        """Whether the square shows nothing of the image, or is so much larger that the annotation must be wrong."""
+        """Whether the square shows nothing of the image, or is so large that the annotation must be wrong."""
         reach = self.side * (abs(math.cos(self._radians)) + abs(math.sin(self._radians))) / 2
         (x, y), (width, height) = self.centre, image.size
         beside = max(-0.5 - x, x - width + 0.5, -0.5 - y, y - height + 0.5) >= reach
-        return beside or self.side > LARGEST * max(image.size)
+        return beside or self.side > min(LARGEST * max(image.size), math.sqrt(PIXELS))
 
     def apply(self, image: Image.Image) -> Tensor:
         """The crop's pixels, uint8 [3, T, T], of a Pillow image of mode RGB; black outside the image.
