@@ -14,7 +14,7 @@ from PIL import Image
 from fastforest import aligner, config, data, models, training
 from fastforest.aligner import Aligner
 from fastforest.cli import main
-from fastforest.cli.sets import open_evaluated
+from fastforest.cli.sets import open_evaluated, open_sets
 from fastforest.config import DataConfig
 
 SIZE = 32
@@ -223,6 +223,14 @@ def test_faces_in_memory_in_a_file_or_nowhere_train_alike(photographs, tmp_path,
     assert len(list((tmp_path / "cache").glob("*.faces"))) == 1
     for other in weights[1:]:
         assert all(torch.equal(tensor, other[name]) for name, tensor in weights[0].items())
+
+
+def test_faces_that_a_reader_leaves_out_are_counted(photographs, capsys):
+    bare = "<box top='14' left='24' width='36' height='34'/>"
+    photographs.write_text(photographs.read_text().replace("<box", f"{bare}<box", 3))
+    train, held_out = open_sets(config.resolve({"data": {"path": str(photographs), "size": 32}}))
+    assert (len(train), len(held_out)) == (9, 1)
+    assert capsys.readouterr().out == f"{photographs}: 3 faces without a landmark are left out\n"
 
 
 @pytest.mark.parametrize(

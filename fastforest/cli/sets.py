@@ -13,16 +13,16 @@ __all__ = ["open_evaluated", "open_sets"]
 
 
 def open_sets(chosen: Config) -> tuple[Any, Any]:
-    """(train, held_out) of a resolved configuration; says how many landmarks its crops leave outside.
+    """(train, held_out) of a resolved configuration; says how many faces its reader leaves out, and how many
+    landmarks its crops.
 
     Raises:
         DataError: as `data.open_dataset`, `RecordFaces`, `DiskCache` and `training.training_sets`. BadInput: settings
             that the set does not allow.
     """
     dataset, train, size = _dataset(chosen.data), chosen.train, _size(chosen.data)
-    masked = getattr(dataset, "masked", 0)
-    if masked and ranks.rank() == 0:
-        print(f"{chosen.data.path}: {masked} landmarks lie outside their crops and are masked", flush=True)
+    if isinstance(dataset, data.RecordFaces) and ranks.rank() == 0:
+        _tell(chosen.data.path, dataset)
     if train.cache not in ("memory", "off"):
         if not isinstance(dataset, data.RecordFaces):
             raise BadInput(f"train.cache must be memory or off for {chosen.data.path}, got {train.cache!r}")
@@ -59,6 +59,15 @@ def _dataset(chosen: DataConfig, *, evaluated: bool = False) -> Any:
     if changed and not evaluated:
         raise BadInput(f"data.{changed[0]} is for sets of annotated photographs, which {chosen.path} is not")
     return dataset
+
+
+def _tell(path: str, faces: data.RecordFaces) -> None:
+    """What is missing of a set."""
+    left_out, masked = faces.records.left_out, faces.masked
+    if left_out:
+        print(f"{path}: {left_out} faces without a landmark are left out", flush=True)
+    if masked:
+        print(f"{path}: {masked} landmarks lie outside their crops and are masked", flush=True)
 
 
 def _size(chosen: DataConfig) -> int:
