@@ -16,8 +16,8 @@ from torch.nn import functional
 from torch.utils.data import Dataset, Subset
 
 from .crop import Crop
-from .errors import DataError
-from .pts import PathLike, open_image, read_pts, to_tensor
+from .errors import DataError, one_line
+from .pts import PathLike, existing_folder, open_image, read_pts, to_tensor
 from .synthetic import draw_face
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class CropPackage(Dataset[Face]):
     """
 
     def __init__(self, folder: PathLike) -> None:
-        self.folder = _folder(folder)
+        self.folder = existing_folder(folder)
         self.names, self.points = _read_landmarks(self.folder / "landmarks.npz")
         for name in self.names:
             if not (self.folder / name).is_file():
@@ -104,7 +104,7 @@ class PtsFolder(Dataset[Face]):
 
     def __init__(self, folder: PathLike, size: int = 256, *, expected: int = 68, one_based: bool = True) -> None:
         checked_size("PtsFolder", size)
-        self.folder, self.size, self.expected, self.one_based = _folder(folder), size, expected, one_based
+        self.folder, self.size, self.expected, self.one_based = existing_folder(folder), size, expected, one_based
         self.files = [(path, _image_beside(path)) for path in sorted(self.folder.rglob("*.pts")) if path.is_file()]
         if not self.files:
             raise DataError(f"{self.folder}: holds no .pts file")
@@ -182,7 +182,7 @@ def open_dataset(
         return RecordFaces(reader(), size)
     if path.is_file():
         raise DataError(f"{path}: is not a folder, nor {FILES}")
-    folder = _folder(path)
+    folder = existing_folder(path)
     if next(folder.rglob("*.pts"), None) is not None:
         return PtsFolder(folder, size)
     raise DataError(f"{folder}: holds neither landmarks.npz nor .pts files, and none of: {LOOKED_FOR}")
@@ -244,8 +244,7 @@ def _read_landmarks(path: Path) -> tuple[list[str], Tensor]:
         raise DataError(f"{path}: no such file") from None
     except Exception as error:
         # numpy and zipfile raise ValueError, BadZipFile, EOFError, zlib.error, ... on broken archives
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(f"{path}: cannot be read as an .npz file: {reason}") from error
+        raise DataError(f"{path}: cannot be read as an .npz file: {one_line(error)}") from error
     if names.ndim != 1 or names.dtype.kind != "U":
         raise DataError(f"{path}: image must be N strings, got {names.dtype} {list(names.shape)}")
     if landmarks.dtype.kind != "f" or landmarks.shape[0:1] != names.shape or landmarks.shape[2:] != (2,):
@@ -257,13 +256,6 @@ def _read_landmarks(path: Path) -> tuple[list[str], Tensor]:
     if not finite.all():
         raise DataError(f"{path}: landmarks of {names[int(finite.argmin())]} are not finite")
     return [str(name) for name in names], torch.from_numpy(landmarks.astype(np.float32))
-
-
-def _folder(folder: PathLike) -> Path:
-    path = Path(folder)
-    if not path.is_dir():
-        raise DataError(f"{folder}: {'is not a folder' if path.exists() else 'no such folder'}")
-    return path
 
 
 def _image_beside(pts_path: Path) -> Path:

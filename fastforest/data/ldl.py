@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .errors import DataError
 from .matlab import load_mat
-from .pts import PathLike
+from .pts import PathLike, existing_folder
 
 __all__ = ["DistributionSet", "read_distributions", "read_distributions_folder", "synthetic_distributions"]
 
@@ -67,9 +67,7 @@ def read_distributions_folder(path: PathLike) -> list[DistributionSet]:
     Raises:
         DataError: no such folder, no .mat file in it, or as `read_distributions`.
     """
-    folder = Path(path)
-    if not folder.is_dir():
-        raise DataError(f"{folder}: {'is not a folder' if folder.exists() else 'no such folder'}")
+    folder = existing_folder(path)
     files = sorted(folder.glob("*.mat"))
     if not files:
         raise DataError(f"{folder}: holds no .mat files")

@@ -15,7 +15,7 @@ import h5py
 import numpy as np
 from PIL import Image
 
-from .errors import DataError
+from .errors import DataError, one_line
 from .pts import PathLike
 
 __all__ = ["image_cell", "is_hdf5", "load_mat", "open_hdf5", "read_member"]
@@ -57,7 +57,7 @@ def load_mat(path: PathLike, *, simplify: bool = False) -> dict[str, Any]:
         raise DataError(f"{path}: is a MATLAB 7.3 file, save it with -v7") from None
     except Exception as error:
         # scipy raises many kinds on files that are cut or were never MATLAB's
-        raise DataError(f"{path}: not a MATLAB file that can be read: {_reason(error)}") from error
+        raise DataError(f"{path}: not a MATLAB file that can be read: {one_line(error)}") from error
 
 
 def is_hdf5(path: PathLike) -> bool:
@@ -83,7 +83,7 @@ def open_hdf5(path: PathLike) -> Any:
         return _opened(os.fspath(path), os.getpid(), status.st_mtime_ns, status.st_size)
     except Exception as error:
         # h5py raises OSError, RuntimeError, KeyError, ... on files that are cut
-        raise DataError(f"{path}: not a MATLAB 7.3 file that can be read: {_reason(error)}") from error
+        raise DataError(f"{path}: not a MATLAB 7.3 file that can be read: {one_line(error)}") from error
 
 
 def image_cell(path: PathLike) -> Any:
@@ -97,7 +97,7 @@ def image_cell(path: PathLike) -> Any:
         name = next((name for name in IMAGE_CELLS if name in file), None)
         references = None if name is None else np.asarray(file[name][()])
     except Exception as error:
-        raise DataError(f"{path}: its images cannot be listed: {_reason(error)}") from error
+        raise DataError(f"{path}: its images cannot be listed: {one_line(error)}") from error
     if references is None:
         raise DataError(f"{path}: has no cell array of images named {' or '.join(IMAGE_CELLS)}")
     if references.dtype.kind != "O" or references.size == 0:
@@ -119,7 +119,7 @@ def read_member(path: PathLike, member: int) -> Image.Image:
     try:
         pixels = np.asarray(open_hdf5(path)[references[member]][()])
     except Exception as error:
-        raise DataError(f"{path}: image {member} cannot be read: {_reason(error)}") from error
+        raise DataError(f"{path}: image {member} cannot be read: {one_line(error)}") from error
     grey, colour = pixels.ndim == 2, pixels.ndim == 3 and pixels.shape[0] == 3
     if pixels.dtype != np.uint8 or 0 in pixels.shape or not (grey or colour):
         raise DataError(
@@ -199,7 +199,3 @@ def _integers(data: memoryview, order: str) -> tuple[int, ...]:
 @lru_cache(maxsize=OPEN_FILES)
 def _opened(path: str, process: int, modified: int, size: int) -> Any:
     return h5py.File(path, "r")
-
-
-def _reason(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

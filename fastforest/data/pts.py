@@ -14,11 +14,19 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .errors import DataError
+from .errors import DataError, one_line
 
-__all__ = ["open_image", "read_image", "read_pts", "write_pts"]
+__all__ = ["existing_folder", "open_image", "read_image", "read_pts", "write_pts"]
 
 PathLike = str | os.PathLike[str]
+
+
+def existing_folder(folder: PathLike) -> Path:
+    """Raises DataError where there is no such folder."""
+    path = Path(folder)
+    if not path.is_dir():
+        raise DataError(f"{folder}: {'is not a folder' if path.exists() else 'no such folder'}")
+    return path
 
 
 def read_pts(path: PathLike, *, expected: int | None = None, one_based: bool = True) -> np.ndarray:
@@ -87,7 +95,7 @@ def open_image(path: PathLike) -> Image.Image:
         raise DataError(f"{path}: not an image in a known format") from None
     except Exception as error:
         # Pillow's decoders raise many kinds on broken files: OSError, SyntaxError, struct.error, EOFError, ...
-        raise DataError(f"{path}: cannot decode the image: {_one_line(error)}") from error
+        raise DataError(f"{path}: cannot decode the image: {one_line(error)}") from error
 
 
 def to_tensor(image: Image.Image) -> Tensor:
@@ -139,7 +147,7 @@ def _lines(path: Path) -> list[str]:
     except UnicodeDecodeError:
         raise DataError(f"{path}: not a text file of points") from None
     except OSError as error:
-        raise DataError(f"{path}: cannot be read: {_one_line(error)}") from error
+        raise DataError(f"{path}: cannot be read: {one_line(error)}") from error
 
 
 def _announced(path: Path, header: list[tuple[int, str]]) -> int:
@@ -162,7 +170,3 @@ def _row(path: Path, number: int, line: str) -> tuple[float, float]:
 
 def _shown(text: str) -> str:
     return repr(text if len(text) <= 40 else text[:40] + "...")
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

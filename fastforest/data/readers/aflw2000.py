@@ -6,9 +6,9 @@ import numpy as np
 
 from ..errors import DataError
 from ..matlab import load_mat
-from ..pts import PathLike
+from ..pts import PathLike, existing_folder
 from ..records import Record, Records
-from .common import existing_folder, image_beside, images_of, matrix, points_of
+from .common import image_beside, images_of, matrix, points_of
 
 __all__ = ["read_aflw2000"]
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import DataError
+from ..errors import DataError, one_line
 from ..pts import PathLike
 from ..records import Record, Records
-from .common import face_box, image_named, matrix, one_line, points_of, read_text
+from .common import face_box, image_named, matrix, points_of, read_text
 
 __all__ = ["read_coco", "read_json"]
 

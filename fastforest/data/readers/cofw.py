@@ -8,11 +8,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ..errors import DataError
+from ..errors import DataError, one_line
 from ..matlab import image_cell, load_mat, open_hdf5
-from ..pts import PathLike
+from ..pts import PathLike, existing_folder
 from ..records import Record, Records
-from .common import existing_folder, face_box, matrix, one_line, points_of
+from .common import face_box, matrix, points_of
 
 __all__ = ["cofw68_files", "cofw_file", "read_cofw", "read_cofw68"]
 

@@ -11,20 +11,18 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import DataError
+from ..errors import DataError, one_line
 from ..faces import IMAGE_SUFFIXES
 from ..pts import PathLike
 from ..records import Box
 
 __all__ = [
-    "existing_folder",
     "face_box",
     "image_beside",
     "image_named",
     "images_of",
     "matrix",
     "numbers",
-    "one_line",
     "points_of",
     "read_bytes",
     "read_lines",
@@ -33,14 +31,6 @@ __all__ = [
 
 FAR = 1e6
 """Pixels from the origin at which no image has a landmark, however far outside it lies."""
-
-
-def existing_folder(folder: PathLike) -> Path:
-    """Raises DataError where there is no such folder."""
-    path = Path(folder)
-    if not path.is_dir():
-        raise DataError(f"{folder}: {'is not a folder' if path.exists() else 'no such folder'}")
-    return path
 
 
 def read_bytes(path: PathLike) -> bytes:
@@ -140,10 +130,6 @@ def image_named(where: str, folder: Path, name: Any, images: bool) -> Path:
     if images and not _is_file(path):
         raise DataError(f"{where}: names the image {path}, which is not there")
     return path
-
-
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _number(text: str) -> float:

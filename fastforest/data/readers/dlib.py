@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from defusedxml import ElementTree
 
-from ..errors import DataError
+from ..errors import DataError, one_line
 from ..pts import PathLike
 from ..records import Record, Records
-from .common import face_box, image_named, numbers, one_line, points_of, read_bytes
+from .common import face_box, image_named, numbers, points_of, read_bytes
 
 __all__ = ["read_dlib"]
 
@@ -64,7 +64,7 @@ def _root(path: PathLike) -> Any:
         raise
     except Exception as error:
         # ParseError, DefusedXmlException, LookupError and ValueError for encodings that are unknown or multi-byte
-        raise DataError(f"{path}: not an XML file that can be read: {one_line(error) or 'refused'}") from error
+        raise DataError(f"{path}: not an XML file that can be read: {one_line(error)}") from error
 
 
 def _parts(where: str, box: Any) -> dict[int, tuple[float, float]]:

@@ -11,9 +11,9 @@ import numpy as np
 
 from ..errors import DataError
 from ..matlab import load_mat
-from ..pts import PathLike, read_pts
+from ..pts import PathLike, existing_folder, read_pts
 from ..records import Box, Record, Records
-from .common import existing_folder, face_box, image_beside, images_of, matrix, points_of
+from .common import face_box, image_beside, images_of, matrix, points_of
 
 __all__ = ["SETS", "SUBSETS", "ibug_sets", "read_ibug"]
 

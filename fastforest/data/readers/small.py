@@ -8,20 +8,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ..errors import DataError
-from ..pts import PathLike, read_pts
+from ..errors import DataError, one_line
+from ..pts import PathLike, existing_folder, read_pts
 from ..records import Record, Records
-from .common import (
-    existing_folder,
-    image_beside,
-    image_named,
-    images_of,
-    numbers,
-    one_line,
-    points_of,
-    read_bytes,
-    read_lines,
-)
+from .common import image_beside, image_named, images_of, numbers, points_of, read_bytes, read_lines
 
 __all__ = ["read_bioid", "read_imm", "read_lfpw35", "read_scut"]
 
