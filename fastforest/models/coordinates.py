@@ -59,7 +59,7 @@ class CoordinateRegression(LandmarkModel):
 
     def forward(self, images: Tensor) -> Tensor:
         """images: [B, 3, S, S] in [0, 1] -> points [B, P, 2], image pixels, float32."""
-        found = self.head(self.backbone(images).vector).float()
+        found = self.head(self.backbone.vector(images)).float()
         return self.origin + self.reach * found.unflatten(1, (self.landmarks, 2))
 
     def loss(self, images: Tensor, points: Tensor, weight: Tensor | None = None) -> Tensor:
