@@ -159,6 +159,15 @@ def test_forward_distribution_and_gradients(case, faces):
     assert bool(low.isfinite()) and low.dtype == torch.float32
 
 
+def test_mixtures_of_the_two_sided_loss_are_float32_under_autocast(faces):
+    images = faces[0]
+    model = make("pool-two-sided", faces).eval()
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        mixture = model._mixture(model.backbone.vector(images))
+    assert mixture.dtype == torch.float32
+    torch.testing.assert_close(mixture.sum((2, 3)), torch.ones(12, 68), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_hidden_landmarks_do_not_matter_even_if_nan(case, faces):
     images, points, _ = faces

@@ -333,8 +333,7 @@ class SharedPool(_OnCanvas):
         """Scalar, mean over landmarks by weight. points: [B, P, 2], image pixels."""
         vector, target = self.backbone.vector(images), self.on_canvas(points, weight)
         if self.objective == "two_sided":
-            mixture = torch.einsum("bpn,hwn->bphw", self.head.select(vector), self.head.pool)
-            return two_sided_kl(mixture, target, self.sigma, weight)
+            return two_sided_kl(self._mixture(vector), target, self.sigma, weight)
         return self.head.loss(vector, target, weight)
 
     @torch.no_grad()
@@ -345,6 +344,12 @@ class SharedPool(_OnCanvas):
     def update(self) -> int:
         """Closed-form update of the pool; returns how many leaves were dead."""
         return self.head.update(self.leaf_rate)
+
+    def _mixture(self, vector: Tensor) -> Tensor:
+        """[B, P, H, W], float32 under autocast too, as in the other objectives."""
+        prob = self.head.select(vector)
+        with torch.autocast(prob.device.type, enabled=False):
+            return torch.einsum("bpn,hwn->bphw", prob, self.head.pool)
 
     def selections(self, images: Tensor) -> list[tuple[str, Tensor, Tensor]]:
         """(name, leaves [N, H, W], prob [B, P, N]), to look at."""
