@@ -192,6 +192,21 @@ def test_hidden_landmarks_do_not_matter_even_if_nan(case, faces):
         assert bool(model.pretrain_loss(images, labels, weight).isfinite())
 
 
+def test_what_was_accumulated_is_not_the_callers(faces):
+    images, points, _ = faces
+    leaves = []
+    for reuse in (False, True):
+        model = make("heatmap_forest", faces).eval()
+        given = images.clone(), points.clone(), torch.ones(12, 68)
+        model.accumulate(*given)
+        if reuse:
+            for tensor in given:
+                tensor.zero_()
+        model.update()
+        leaves.append(model.forests[0].groups[0].leaves)
+    assert torch.equal(*leaves)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_without_a_known_landmark_the_loss_is_nought(case, faces):
     images, points, _ = faces

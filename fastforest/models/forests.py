@@ -214,7 +214,8 @@ class GroupedForest(_OnCanvas):
     @torch.no_grad()
     def accumulate(self, images: Tensor, points: Tensor, weight: Tensor | None = None) -> None:
         """Keeps what a leaf update needs of a batch."""
-        self._kept.append((self.features(images), self.on_canvas(points, weight), weight))
+        kept = None if weight is None else weight.clone()  # a caller may use its tensor again
+        self._kept.append((self.features(images), self.on_canvas(points, weight), kept))
 
     @torch.no_grad()
     def update(self) -> int:
