@@ -232,6 +232,17 @@ def test_covariance_is_that_of_the_maps(case, faces):
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
 
 
+def test_covariance_of_large_heatmaps_is_that_of_their_peak(monkeypatch):
+    shape = torch.tensor([[100.3, 80.0], [20.0, 40.5]])
+    options = {"image_size": 256, "objective": "mse", "backbone_options": {"width": 4, "code": 4}}
+    model = models.build("dense", {"landmarks": 2, "mean_shape": shape.tolist(), **options, "upsample": 4}).eval()
+    heatmap = render_gaussian(shape[None], 2.0, (256, 256), truncate=6.0)
+    monkeypatch.setattr(model, "heatmap", lambda images: heatmap - 1e-3 * (heatmap == 0))
+    points, covariance = model.distribution(torch.zeros(1, 3, 256, 256))
+    torch.testing.assert_close(points[0], shape, rtol=0, atol=0.2)
+    torch.testing.assert_close(covariance[0], 4 * torch.eye(2).expand(2, 2, 2), rtol=0.01, atol=0.01)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_configuration_and_weights_rebuild_it(case, faces):
     images = faces[0]

@@ -25,6 +25,8 @@ PEAKS = {"argmax": "none", "quarter": "quarter_sign", "dark": "dark", "dark_udp"
 OBJECTIVES = ("kl", "mse", "awing")
 FOREGROUND = 11.0
 """Weight of the pixels of a target above 0.2 in the mean square, as in Adaptive Wing: unweighted, maps stay empty."""
+FLOOR = 1e-30
+"""Of a heatmap's pixels as mass: what all of them weigh together must not count, nor a map without a peak be NaN."""
 
 
 class DenseHeatmap(LandmarkModel):
@@ -133,7 +135,7 @@ class DenseHeatmap(LandmarkModel):
 
     def _logits(self, maps: Tensor) -> Tensor:
         """Whose softmax is the maps' mass."""
-        return maps if self.objective == "kl" else maps.clamp_min(1e-6).log()
+        return maps if self.objective == "kl" else maps.clamp_min(FLOOR).log()
 
     def _decoded(self, maps: Tensor) -> Tensor:
         if self.decode == "soft_argmax":
