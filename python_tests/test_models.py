@@ -316,6 +316,14 @@ def test_any_backbone_fits_by_what_it_gives(case, faces):
         model.config()
 
 
+def test_a_backbone_that_made_heatmaps_can_still_learn_a_vector(faces):
+    images, points, _ = faces
+    own = models.Backbone(SIZE, width=4, code=4)
+    make("dense", faces, backbone=own, backbone_options={}).loss(images, points).backward()
+    make("pool", faces, backbone=own, backbone_options={}).loss(images, points).backward()
+    assert all(float(p.grad.abs().sum()) > 0 for p in own.narrow.parameters())
+
+
 def test_groups_are_found_once_and_kept(faces):
     model = make("heatmap_forest-groups-branches", faces)
     labels = model.config()["groups"]

@@ -66,7 +66,8 @@ class DenseHeatmap(LandmarkModel):
         if upsample < 1 or not sigma > 0:
             raise ValueError(f"DenseHeatmap: upsample must be >= 1 and sigma > 0, got {upsample} and {sigma}")
         self.upsample, self.sigma, self.objective, self.decode = upsample, sigma, objective, decode
-        self.backbone.narrow.requires_grad_(False)  # the vector is not used
+        if isinstance(backbone, str):  # the vector is not used here; a module's owner may use it elsewhere
+            self.backbone.narrow.requires_grad_(False)
         channels, stacks = self.backbone.map_channels, self.backbone.earlier + 1
         self.heads = nn.ModuleList(unit(channels, channels) for _ in range(stacks))
         self.maps = nn.ModuleList(nn.Conv2d(channels, landmarks, 1) for _ in range(stacks))
