@@ -36,7 +36,7 @@ class Doubt:
 
     aurc: area under the risk-coverage curve, a fraction as NME. oracle, random: that of an uncertainty that knows the
     errors and of one that tells nothing, which is the mean NME. auroc: `metrics.failure_auroc` at the threshold, over
-    all faces; NaN where all fail or none.
+    the faces whose truth allows an NME (a prediction that is not finite is a failure); NaN where all fail or none.
     """
 
     aurc: float
@@ -136,6 +136,7 @@ def evaluate(
     by_landmark = metrics.landmark_errors(points, truth, normalizer)
     by_region = metrics.region_nme(points, truth, normalizer, regions)
     spread = None if covariance is None else _spread(covariance, truth, normalizer)
+    judged = metrics.nme(truth, truth, normalizer).isfinite()
     worst = errors.nan_to_num(nan=math.inf).sort(descending=True, stable=True).indices[:WORST]
     return Evaluation(
         metrics=figures,
@@ -146,7 +147,7 @@ def evaluate(
         truth=truth,
         errors=errors,
         spread=spread,
-        doubt=None if spread is None else _doubt(errors, spread, threshold),
+        doubt=None if spread is None else _doubt(errors, spread, judged, threshold),
         worst=worst,
         images=faces.batch(worst)[0],
     )
@@ -242,7 +243,8 @@ def _spread(covariance: Tensor, truth: Tensor, normalizer: str | Tensor | float)
     return trace.mean(dim=-1).clamp_min(0).sqrt() / normalizer
 
 
-def _doubt(errors: Tensor, spread: Tensor, threshold: float) -> Doubt | None:
+def _doubt(errors: Tensor, spread: Tensor, judged: Tensor, threshold: float) -> Doubt | None:
+    """judged: [N], the faces whose truth has an NME. The others have no spread either, which would pass for a find."""
     valid = errors.isfinite()
     if not bool(valid.any()):
         return None
@@ -251,7 +253,7 @@ def _doubt(errors: Tensor, spread: Tensor, threshold: float) -> Doubt | None:
         aurc=metrics.aurc(error, doubt),
         oracle=metrics.aurc(error, error),
         random=float(error.mean()),
-        auroc=metrics.failure_auroc(errors, spread, threshold),
+        auroc=metrics.failure_auroc(errors[judged], spread[judged], threshold),
     )
 
 

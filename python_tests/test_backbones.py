@@ -137,6 +137,28 @@ def test_the_vector_alone_passes_through_narrow(name: str) -> None:
     assert unused == {f"narrow.{key}" for key, _ in backbone.narrow.named_parameters()}
 
 
+@pytest.mark.parametrize(("name", "saved"), [("small", 0.1), ("hourglass", 0.4), ("stacked", 0.25), ("highres", 0.0)])
+def test_the_vector_alone_is_the_same_for_less(name: str, saved: float) -> None:
+    """Its value, its gradients, its own running statistics; of the default backbone, the share of the work left out."""
+    whole, alone, images = awake(tiny(name, 64)), awake(tiny(name, 64)), torch.rand(3, 3, 64, 64)
+    expected, found = whole(images).vector, alone.vector(images)
+    assert torch.equal(found, expected)
+    expected.square().sum().backward()
+    found.square().sum().backward()
+    for (key, first), second in zip(whole.named_parameters(), alone.parameters(), strict=True):
+        assert (first.grad is None) == (second.grad is None), key
+        assert first.grad is None or torch.equal(first.grad, second.grad), key
+    assert torch.equal(whole.narrow[1].running_mean, alone.narrow[1].running_mean)
+    with torch.device("meta"):
+        backbone, image = build_backbone(name, 96).eval(), torch.empty(1, 3, 96, 96)
+    flops = []
+    for run in (backbone, backbone.vector):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            run(image)
+        flops.append(counter.get_total_flops())
+    assert flops[1] <= (1 - saved) * flops[0]
+
+
 @pytest.mark.parametrize("name", BACKBONES)
 def test_the_vector_keeps_where_a_thing_is(name: str) -> None:
     """A change in one corner moves that quarter of the vector's cells the most."""

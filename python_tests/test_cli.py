@@ -649,6 +649,7 @@ def test_predict_takes_boxes_by_name(suffix, run, photo, tmp_path, capsys):
         ("b.json", "[1, 2]", 'expected {"name": [x, y, width, height], ...}, got a list'),
         ("b.json", '{"a.png": [1, 2, 3]}', "'a.png': expected x, y, width, height, got [1, 2, 3]"),
         ("b.json", '{"a.png": 7}', "'a.png': expected x, y, width, height, got 7"),
+        ("b.json", '{"a.png": [1, 2, 3, 4], "a.png": [1, 2, 3, 4]}', "'a.png': has a second box for 'a.png'"),
         ("b.csv", "a.png,1,2,3,4\nb.png,1,2,x,4\n", "line 2: expected x, y, width, height, got ['1', '2', 'x', '4']"),
         ("b.csv", "a.png,1,2,3,4\na.png,1,2,3,4\n", "line 2: has a second box for 'a.png'"),
         ("b.csv", "a.png\n", "line 1: expected x, y, width, height, got []"),

@@ -115,11 +115,23 @@ def test_unknown_landmarks_and_faces_without_an_error():
     assert result.errors.isnan().nonzero().flatten().tolist() == [8, 9] == result.worst[:2].tolist()
     valid = result.errors.isfinite()
     assert result.doubt.random == pytest.approx(float(result.errors[valid].mean()))
-    assert result.doubt.auroc == metrics.failure_auroc(result.errors, result.spread, 0.3)
+    judged = torch.arange(COUNT) != 8  # of face 9 the prediction is to blame
+    assert result.doubt.auroc == metrics.failure_auroc(result.errors[judged], result.spread[judged], 0.3)
     jaw = metrics.region_nme(pred, faces.points, "inter_ocular", data.REGIONS_68)["jaw"]
     assert jaw.isnan().nonzero().flatten().tolist() == [5, 8]
     assert result.regions["jaw"] == pytest.approx(float(jaw.nanmean()))
     assert "113 unknown landmarks left out; model: 2 without an NME: failures, not in the mean." in result.markdown()
+
+
+def test_a_face_without_a_normaliser_is_no_failure_that_the_spread_finds():
+    faces, known = Faces(), slice(0, 20)
+    pred, covariance = faces.points.clone(), torch.eye(2).expand(COUNT, 68, 2, 2)
+    pred[:4] += 9.0
+    faces.points[20:, 36] = NAN
+    found = evaluate((pred, covariance), faces)
+    assert found.metrics.invalid == 10 and found.spread[20:].isnan().all()
+    assert found.doubt.auroc == metrics.failure_auroc(found.errors[known], found.spread[known], 0.08)
+    assert found.doubt.auroc < metrics.failure_auroc(found.errors, found.spread, 0.08) - 0.1
 
 
 @pytest.mark.parametrize("landmarks", [98, 29, 19, 7])

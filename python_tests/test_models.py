@@ -159,6 +159,15 @@ def test_forward_distribution_and_gradients(case, faces):
     assert bool(low.isfinite()) and low.dtype == torch.float32
 
 
+def test_mixtures_of_the_two_sided_loss_are_float32_under_autocast(faces):
+    images = faces[0]
+    model = make("pool-two-sided", faces).eval()
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        mixture = model._mixture(model.backbone.vector(images))
+    assert mixture.dtype == torch.float32
+    torch.testing.assert_close(mixture.sum((2, 3)), torch.ones(12, 68), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_hidden_landmarks_do_not_matter_even_if_nan(case, faces):
     images, points, _ = faces
@@ -181,6 +190,21 @@ def test_hidden_landmarks_do_not_matter_even_if_nan(case, faces):
     if model.__dict__.get("dense") is not None or getattr(model, "dense", None) is not None:
         labels = torch.where((weight == 0)[..., None], math.nan, points)
         assert bool(model.pretrain_loss(images, labels, weight).isfinite())
+
+
+def test_what_was_accumulated_is_not_the_callers(faces):
+    images, points, _ = faces
+    leaves = []
+    for reuse in (False, True):
+        model = make("heatmap_forest", faces).eval()
+        given = images.clone(), points.clone(), torch.ones(12, 68)
+        model.accumulate(*given)
+        if reuse:
+            for tensor in given:
+                tensor.zero_()
+        model.update()
+        leaves.append(model.forests[0].groups[0].leaves)
+    assert torch.equal(*leaves)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -206,6 +230,17 @@ def test_covariance_is_that_of_the_maps(case, faces):
     apart = grid - torch.einsum("bphw,hwd->bpd", maps, grid)[:, :, None, None]
     expected = torch.einsum("bphw,bphwd,bphwe->bpde", maps, apart, apart) * pixel**2
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_covariance_of_large_heatmaps_is_that_of_their_peak(monkeypatch):
+    shape = torch.tensor([[100.3, 80.0], [20.0, 40.5]])
+    options = {"image_size": 256, "objective": "mse", "backbone_options": {"width": 4, "code": 4}}
+    model = models.build("dense", {"landmarks": 2, "mean_shape": shape.tolist(), **options, "upsample": 4}).eval()
+    heatmap = render_gaussian(shape[None], 2.0, (256, 256), truncate=6.0)
+    monkeypatch.setattr(model, "heatmap", lambda images: heatmap - 1e-3 * (heatmap == 0))
+    points, covariance = model.distribution(torch.zeros(1, 3, 256, 256))
+    torch.testing.assert_close(points[0], shape, rtol=0, atol=0.2)
+    torch.testing.assert_close(covariance[0], 4 * torch.eye(2).expand(2, 2, 2), rtol=0.01, atol=0.01)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -279,6 +314,14 @@ def test_any_backbone_fits_by_what_it_gives(case, faces):
     assert model.eval()(images).shape == points.shape
     with pytest.raises(ValueError, match="was given as a Plain, which a configuration cannot name"):
         model.config()
+
+
+def test_a_backbone_that_made_heatmaps_can_still_learn_a_vector(faces):
+    images, points, _ = faces
+    own = models.Backbone(SIZE, width=4, code=4)
+    make("dense", faces, backbone=own, backbone_options={}).loss(images, points).backward()
+    make("pool", faces, backbone=own, backbone_options={}).loss(images, points).backward()
+    assert all(float(p.grad.abs().sum()) > 0 for p in own.narrow.parameters())
 
 
 def test_groups_are_found_once_and_kept(faces):

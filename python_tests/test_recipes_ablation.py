@@ -1,6 +1,7 @@
 """recipes.ablation on drawn faces: rows that share a training, what is written, interruption, refusals."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -84,14 +85,40 @@ def test_one_table_has_curves_and_its_checkpoints_can_be_evaluated(tmp_path, cap
         ablation.run({"heads": rows}, "synthetic", out, 20.0, recipe=SMALL)
 
 
-def test_an_interrupted_training_goes_on(tmp_path):
-    whole = ablation.run({"heads": TABLE["Which sigma?"]}, "synthetic", tmp_path / "whole", 10.0, recipe=SMALL)
-    half = Recipe(**{**vars(SMALL), "training": {**SMALL.training, "rounds": 1}})
-    ablation.run({"heads": TABLE["Which sigma?"]}, "synthetic", tmp_path / "half", 10.0, recipe=half)
-    (folder,) = (tmp_path / "half" / "runs").iterdir()
-    (folder / "finished").unlink()
-    found = ablation.run({"heads": TABLE["Which sigma?"]}, "synthetic", tmp_path / "half", 10.0, recipe=SMALL)
-    assert found["questions"]["heads"][0]["steps"] == whole["questions"]["heads"][0]["steps"] == [2]
+def test_an_interrupted_run_has_every_seed_before_and_goes_on_at_its_last_round(tmp_path, monkeypatch):
+    table, told, fit = {"heads": TABLE["Which sigma?"]}, [], ablation.training.fit
+
+    def listen(record):
+        told.append(record["round"])
+        if len(told) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(
+        ablation.training, "fit", lambda *given, **options: fit(*given, **options | {"on_round": listen})
+    )
+    with pytest.raises(KeyboardInterrupt):
+        ablation.run(table, "synthetic", tmp_path, 10.0, seeds=2, recipe=SMALL)
+    before = json.loads((tmp_path / "results.json").read_text())
+    assert before["seeds"] == 1 and before["questions"]["heads"][0]["steps"] == [2]
+    found = ablation.run(table, "synthetic", tmp_path, 10.0, seeds=2, recipe=SMALL)["questions"]["heads"][0]
+    assert told == [1, 2, 1, 2] and found["steps"] == [2, 2]
+    assert found["nme"][0] == before["questions"]["heads"][0]["nme"][0]
+
+
+def test_a_run_of_another_recipe_is_not_continued(tmp_path):
+    ablation.run({"heads": TABLE["Which sigma?"]}, "synthetic", tmp_path, 10.0, recipe=SMALL)
+    other = replace(SMALL, augment={"rotation": 5.0})
+    with pytest.raises(ablation.BadInput, match=r"was begun with augment = \{\}, got \{'rotation': 5\.0\}"):
+        ablation.run({"heads": TABLE["Which sigma?"]}, "synthetic", tmp_path, 10.0, recipe=other)
+    (tmp_path / "settings.json").write_text('{"data": "synthetic"}')  # as it was before recipes were noted
+    ablation.run({"heads": TABLE["Which sigma?"]}, "synthetic", tmp_path, 10.0, recipe=other)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_a_device_the_command_says_so(tmp_path, capsys):
+    assert ablation.main(["heads", "--data", "synthetic", "--out", str(tmp_path / "out"), "--device", "cuda"]) == 2
+    assert capsys.readouterr().err == "fastforest: --device cuda: this PyTorch finds no CUDA device\n"
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("table", [HEADS, QUESTIONS], ids=["heads", "questions"])

@@ -40,12 +40,16 @@ def read_boxes(path: Path) -> dict[str, Box]:
 
 def _json_rows(path: Path, text: str) -> list[tuple[str, str, Any]]:
     try:
-        content = json.loads(text)
+        content = json.loads(text, object_pairs_hook=_Pairs)  # a dict would keep the last of equal names
     except json.JSONDecodeError as error:
         raise DataError(f"{path}: not JSON: {error}") from None
-    if not isinstance(content, dict):
+    if not isinstance(content, _Pairs):
         raise DataError(f'{path}: expected {{"name": [x, y, width, height], ...}}, got a {type(content).__name__}')
-    return [(repr(name), name, values) for name, values in content.items()]
+    return [(repr(name), name, values) for name, values in content]
+
+
+class _Pairs(list[tuple[str, Any]]):
+    """An object of JSON."""
 
 
 def _csv_rows(text: str) -> list[tuple[str, str, Any]]:

@@ -71,16 +71,25 @@ class Backbone(Trunk):
 
     def forward(self, images: Tensor) -> Features:
         """images: [B, 3, S, S] in [0, 1] -> map [B, C, S/4, S/4], vector [B, F]."""
-        x = self.stem(self.prepared(images))
-        levels = []
-        for level in self.levels:
-            x = level(x)
-            levels.append(x)
+        levels = self._levels(images)
         merged: Tensor | None = None
         for lateral, level in zip(reversed(self.lateral), reversed(levels), strict=True):
             here = lateral(level)
             merged = here if merged is None else here + functional.interpolate(merged, scale_factor=2.0)
-        return Features(self.merge(merged), self.narrow(x).flatten(1))
+        return Features(self.merge(merged), self.narrow(levels[-1]).flatten(1))
+
+    def vector(self, images: Tensor) -> Tensor:
+        """The vector alone [B, F], without the way top-down."""
+        return self.narrow(self._levels(images)[-1]).flatten(1)
+
+    def _levels(self, images: Tensor) -> list[Tensor]:
+        """Maps at strides 4, 8, 16, 32."""
+        x = self.stem(self.prepared(images))
+        found = []
+        for level in self.levels:
+            x = level(x)
+            found.append(x)
+        return found
 
 
 BACKBONES: dict[str, Callable[..., Trunk]] = {

@@ -17,7 +17,7 @@ from fastforest.models.units import Features, Trunk, unit
 from fastforest.ops.heatmap import render_gaussian
 from fastforest.ops.heatmap_loss import heatmap_kl_loss
 
-__all__ = ["DenseHead", "LandmarkModel", "Shape", "two_sided_kl"]
+__all__ = ["DenseHead", "LandmarkModel", "Shape", "two_sided_kl", "weighted_mean"]
 
 Shape = Tensor | Sequence[Sequence[float]]
 PRETRAIN_SIGMA = 1.5
@@ -161,7 +161,11 @@ def two_sided_kl(
     q = mixture.float().clamp(eps, 1 - eps)
     y = target.float().clamp(0, 1 - eps)
     rows = torch.xlogy(y, y) - y * q.log() + (1 - y) * ((-y).log1p() - (-q).log1p())
-    rows = rows.sum((2, 3))
+    return weighted_mean(rows.sum((2, 3)), weight)
+
+
+def weighted_mean(rows: Tensor, weight: Tensor | None) -> Tensor:
+    """Scalar: mean of rows [B, P] by weight [B, P]; 0 where nothing counts, whatever hidden rows hold."""
     if weight is None:
         return rows.sum() / max(rows.numel(), 1)
     total = weight.sum()

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastforest.models.base import LandmarkModel, Shape, hidden
+from fastforest.models.base import LandmarkModel, Shape, hidden, weighted_mean
 from fastforest.ops._checks import check_choice
 from fastforest.ops.heatmap_loss import wing_loss
 
@@ -59,7 +59,7 @@ class CoordinateRegression(LandmarkModel):
 
     def forward(self, images: Tensor) -> Tensor:
         """images: [B, 3, S, S] in [0, 1] -> points [B, P, 2], image pixels, float32."""
-        found = self.head(self.backbone(images).vector).float()
+        found = self.head(self.backbone.vector(images)).float()
         return self.origin + self.reach * found.unflatten(1, (self.landmarks, 2))
 
     def loss(self, images: Tensor, points: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -69,8 +69,4 @@ class CoordinateRegression(LandmarkModel):
         if self.loss_kind == "wing":
             return wing_loss(found, truth, weight=weight)
         rows = (found - truth).abs() if self.loss_kind == "l1" else (found - truth).square()
-        rows = rows.mean(-1)
-        if weight is None:
-            return rows.sum() / max(rows.numel(), 1)
-        total = weight.sum()
-        return torch.where(weight == 0, 0.0, rows * weight).sum() / torch.where(total > 0, total, 1.0)
+        return weighted_mean(rows.mean(-1), weight)

@@ -163,9 +163,9 @@ class GroupedForest(_OnCanvas):
 
     def features(self, images: Tensor) -> list[Tensor]:
         """What each group's trees read, [B, F]."""
-        maps, vector = self.backbone(images)[:2]
         if not len(self.branches):
-            return [vector] * len(self.members)
+            return [self.backbone.vector(images)] * len(self.members)
+        maps, vector = self.backbone(images)[:2]
         return [torch.cat([vector, branch(maps)], dim=1) for branch in self.branches]
 
     def forward(self, images: Tensor) -> Tensor:
@@ -214,7 +214,8 @@ class GroupedForest(_OnCanvas):
     @torch.no_grad()
     def accumulate(self, images: Tensor, points: Tensor, weight: Tensor | None = None) -> None:
         """Keeps what a leaf update needs of a batch."""
-        self._kept.append((self.features(images), self.on_canvas(points, weight), weight))
+        kept = None if weight is None else weight.clone()  # a caller may use its tensor again
+        self._kept.append((self.features(images), self.on_canvas(points, weight), kept))
 
     @torch.no_grad()
     def update(self) -> int:
@@ -326,29 +327,34 @@ class SharedPool(_OnCanvas):
 
     def distribution(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Mean [B, P, 2] and covariance [B, P, 2, 2], image pixels and their squares."""
-        mean, covariance = self.head.distribution(self.backbone(images).vector)
+        mean, covariance = self.head.distribution(self.backbone.vector(images))
         return self.from_canvas(mean), covariance * self.pixel**2
 
     def loss(self, images: Tensor, points: Tensor, weight: Tensor | None = None) -> Tensor:
         """Scalar, mean over landmarks by weight. points: [B, P, 2], image pixels."""
-        vector, target = self.backbone(images).vector, self.on_canvas(points, weight)
+        vector, target = self.backbone.vector(images), self.on_canvas(points, weight)
         if self.objective == "two_sided":
-            mixture = torch.einsum("bpn,hwn->bphw", self.head.select(vector), self.head.pool)
-            return two_sided_kl(mixture, target, self.sigma, weight)
+            return two_sided_kl(self._mixture(vector), target, self.sigma, weight)
         return self.head.loss(vector, target, weight)
 
     @torch.no_grad()
     def accumulate(self, images: Tensor, points: Tensor, weight: Tensor | None = None) -> None:
         """Adds the leaf statistics of a batch; arguments as `loss`. Additive until `update`."""
-        self.head.accumulate(self.backbone(images).vector, self.on_canvas(points, weight), weight)
+        self.head.accumulate(self.backbone.vector(images), self.on_canvas(points, weight), weight)
 
     def update(self) -> int:
         """Closed-form update of the pool; returns how many leaves were dead."""
         return self.head.update(self.leaf_rate)
 
+    def _mixture(self, vector: Tensor) -> Tensor:
+        """[B, P, H, W], float32 under autocast too, as in the other objectives."""
+        prob = self.head.select(vector)
+        with torch.autocast(prob.device.type, enabled=False):
+            return torch.einsum("bpn,hwn->bphw", prob, self.head.pool)
+
     def selections(self, images: Tensor) -> list[tuple[str, Tensor, Tensor]]:
         """(name, leaves [N, H, W], prob [B, P, N]), to look at."""
-        return [("pool", self.head.pool.permute(2, 0, 1), self.head.select(self.backbone(images).vector))]
+        return [("pool", self.head.pool.permute(2, 0, 1), self.head.select(self.backbone.vector(images)))]
 
 
 def _members(groups: Groups, landmarks: int) -> list[list[int]]:

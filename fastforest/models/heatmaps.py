@@ -25,6 +25,8 @@ PEAKS = {"argmax": "none", "quarter": "quarter_sign", "dark": "dark", "dark_udp"
 OBJECTIVES = ("kl", "mse", "awing")
 FOREGROUND = 11.0
 """Weight of the pixels of a target above 0.2 in the mean square, as in Adaptive Wing: unweighted, maps stay empty."""
+FLOOR = 1e-30
+"""Of a heatmap's pixels as mass: what all of them weigh together must not count, nor a map without a peak be NaN."""
 
 
 class DenseHeatmap(LandmarkModel):
@@ -64,7 +66,8 @@ class DenseHeatmap(LandmarkModel):
         if upsample < 1 or not sigma > 0:
             raise ValueError(f"DenseHeatmap: upsample must be >= 1 and sigma > 0, got {upsample} and {sigma}")
         self.upsample, self.sigma, self.objective, self.decode = upsample, sigma, objective, decode
-        self.backbone.narrow.requires_grad_(False)  # the vector is not used
+        if isinstance(backbone, str):  # the vector is not used here; a module's owner may use it elsewhere
+            self.backbone.narrow.requires_grad_(False)
         channels, stacks = self.backbone.map_channels, self.backbone.earlier + 1
         self.heads = nn.ModuleList(unit(channels, channels) for _ in range(stacks))
         self.maps = nn.ModuleList(nn.Conv2d(channels, landmarks, 1) for _ in range(stacks))
@@ -133,7 +136,7 @@ class DenseHeatmap(LandmarkModel):
 
     def _logits(self, maps: Tensor) -> Tensor:
         """Whose softmax is the maps' mass."""
-        return maps if self.objective == "kl" else maps.clamp_min(1e-6).log()
+        return maps if self.objective == "kl" else maps.clamp_min(FLOOR).log()
 
     def _decoded(self, maps: Tensor) -> Tensor:
         if self.decode == "soft_argmax":

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -88,14 +89,23 @@ class StackedHourglass(Trunk):
 
     def forward(self, images: Tensor) -> Features:
         """images: [B, 3, S, S] in [0, 1] -> map [B, C, S/4, S/4], vector [B, F], earlier: stacks - 1 maps."""
+        x, earlier = self._before_last(images)
+        found, coarse = self._run(self.stacks[-1], x)
+        return Features(found, self.narrow(coarse).flatten(1), tuple(earlier))
+
+    def vector(self, images: Tensor) -> Tensor:
+        """The vector alone [B, F], without the way up of the last hourglass."""
+        last: Any = self.stacks[-1]
+        return self.narrow(last.hourglass.innermost(self._before_last(images)[0])).flatten(1)
+
+    def _before_last(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """What enters the last stack, and the maps of those before."""
         x = self.stem(self.prepared(images))
-        maps: list[Tensor] = []
-        for index, stack in enumerate(self.stacks):
-            if maps:
-                x = x + self.inject[index - 1](maps[-1])
-            found, coarse = self._run(stack, x)
-            maps.append(found)
-        return Features(maps[-1], self.narrow(coarse).flatten(1), tuple(maps[:-1]))
+        earlier: list[Tensor] = []
+        for stack, inject in zip(self.stacks, self.inject, strict=False):
+            earlier.append(self._run(stack, x)[0])
+            x = x + inject(earlier[-1])
+        return x, earlier
 
     def _run(self, stack: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
         if not (self.checkpoint and torch.is_grad_enabled()) or torch.compiler.is_compiling():
@@ -128,6 +138,9 @@ class _Hourglass(nn.Module):
         found, coarse = self.below(self.down(functional.max_pool2d(x, 2)))
         return self.beside(x) + functional.interpolate(self.up(found), scale_factor=2.0), coarse
 
+    def innermost(self, x: Tensor) -> Tensor:
+        return self.below.innermost(self.down(functional.max_pool2d(x, 2)))
+
 
 class _Innermost(nn.Module):
     def __init__(self, width: int, norm: str) -> None:
@@ -135,8 +148,11 @@ class _Innermost(nn.Module):
         self.residual = _Residual(width, width, norm)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        x = self.residual(x)
+        x = self.innermost(x)
         return x, x
+
+    def innermost(self, x: Tensor) -> Tensor:
+        return self.residual(x)
 
 
 class _Residual(nn.Module):

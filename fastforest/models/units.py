@@ -49,6 +49,10 @@ class Trunk(nn.Module):
     narrow: nn.Module
     """What the vector alone passes through; freeze it where only the map is used."""
 
+    def vector(self, images: Tensor) -> Tensor:
+        """The vector alone [B, F]; a backbone overrides it that then has less to compute."""
+        return self(images).vector
+
     def prepared(self, images: Tensor) -> Tensor:
         """Images in [-1, 1], channels last. ValueError unless [B, 3, S, S]."""
         if images.dim() != 4 or images.shape[1:] != (3, self.image_size, self.image_size):

@@ -6,7 +6,7 @@
 "heads" trains every head on one backbone, with one augmentation and equal time, and decodes the dense heatmaps in two
 ways. "questions" changes one thing at a time, with several seeds a row. All on nine tenths of a set (index % 10 != 9); the
 rest is held out. The minutes are of all trainings together. A command that was interrupted goes on where it was, a training
-at its last round. Written to --out:
+at its last round. Written to --out, after every seed anew:
 
     results.json results.md table.png    rows with the spread over seeds
     ced.png curves.png                   of the heads
@@ -19,7 +19,7 @@ import json
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from .. import data, draw, metrics, training
-from ..cli.common import BadInput, Parser, build_model, check_writable, guarded, real, whole
+from ..cli.common import BadInput, Parser, build_model, check_writable, device, guarded, real, whole
 from ..training import report
 from ..training.checkpoint import write_text
 from ._machine import machine
@@ -159,7 +159,7 @@ def run(
     Args:
         table: by question, its rows.
         name: "synthetic" or a data set, as `data.open_dataset`.
-        out: folder for the results, made if missing; a run of the same rows in it is continued.
+        out: folder for the results, made if missing; a run of the same rows and recipe in it is continued.
         minutes: of all trainings together, evaluations included, each of them getting the same.
         seeds: 0, 1, ..., of weights, order and augmentation.
 
@@ -169,18 +169,21 @@ def run(
     recipe = recipe or Recipe()
     check_writable(out)
     faces = training.training_sets(data.open_dataset(name, size=recipe.size), recipe.size, name)
-    jobs = {(row.key(), seed): row for rows in table.values() for row in rows for seed in range(seeds)}
-    each = minutes / len(jobs)
-    _same_settings(out, {"data": name, "minutes": each, "size": recipe.size})
+    jobs = {row.key(): row for rows in table.values() for row in rows}
+    count = len(jobs) * seeds
+    each = minutes / count
+    _same_settings(out, {"data": name, "minutes": each, **asdict(recipe)})
     done: dict[tuple[str, int], Trained] = {}
-    # Seed by seed, so that an interrupted run has every row once.
-    for position, (key, seed) in enumerate(sorted(jobs, key=lambda job: job[1]), start=1):
-        decodes = {row.decode for rows in table.values() for row in rows if row.key() == key}
-        print(f"{position} of {len(jobs)}: {key}, seed {seed}, {each:.1f} minutes", flush=True)
-        done[key, seed] = _trained(
-            jobs[key, seed], decodes, faces, out / "runs" / f"{key}-{seed}", each, seed, recipe, device
-        )
-    return _write(table, done, faces, out, name, each, seeds, recipe)
+    summary: dict[str, Any] = {}
+    # Seed by seed, each with its results, so that an interrupted run has a table with every row.
+    for seed in range(seeds):
+        for key, row in jobs.items():
+            decodes = {row.decode for rows in table.values() for row in rows if row.key() == key}
+            print(f"{len(done) + 1} of {count}: {key}, seed {seed}, {each:.1f} minutes", flush=True)
+            folder = out / "runs" / f"{key}-{seed}"
+            done[key, seed] = _trained(row, decodes, faces, folder, each, seed, recipe, device)
+        summary = _write(table, done, faces, out, name, each, seed + 1, recipe)
+    return summary
 
 
 def _trained(
@@ -226,15 +229,15 @@ def _trained(
 
 
 def _same_settings(out: Path, settings: dict[str, Any]) -> None:
-    """Notes them in `out`; refuses another run's."""
-    path = out / "settings.json"
+    """Notes them in `out`; refuses another run's. What an older file does not hold is not compared."""
+    path, text = out / "settings.json", json.dumps(settings)
     if path.exists():
         then = json.loads(path.read_text(encoding="utf-8"))
-        for name, value in settings.items():
-            if then.get(name) != value:
-                raise BadInput(f"{path}: was begun with {name} = {then.get(name)}, got {value}: choose another --out")
+        for name, value in json.loads(text).items():
+            if then.get(name, value) != value:
+                raise BadInput(f"{path}: was begun with {name} = {then[name]}, got {value}: choose another --out")
     out.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(settings) + "\n")
+    write_text(path, text + "\n")
 
 
 def _write(
@@ -319,8 +322,8 @@ def markdown(summary: Mapping[str, Any]) -> str:
             cells = [_percent(row[key]) for key in ("nme", "failure_rate", "auc")]
             steps = round(float(np.mean(row["steps"])))
             lines.append(f"| {row['label']} | {' | '.join(cells)} | {row['weights']:,} | {steps:,} |")
-    floor = list(summary["mean_shape"].values())[:3]
-    lines.append(f"| the mean shape | {' | '.join(_percent([value]) for value in floor)} | | |")
+        floor = list(summary["mean_shape"].values())[:3]
+        lines.append(f"| the mean shape | {' | '.join(_percent([value]) for value in floor)} | | |")
     return "\n".join(lines) + "\n"
 
 
@@ -368,7 +371,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options.minutes,
             seeds=options.seeds or seeds,
             recipe=Recipe(size=options.size),
-            device=options.device,
+            device=device(options.device),
         )
         print(markdown(summary))
         print(f"written to {options.out}")
