@@ -58,6 +58,9 @@ def summary(times: list[float]) -> dict[str, float]:
 
 
 HOPELESS = 8
+SETTLED = 0.05
+"""Seconds before each turn: worker threads of another library (OpenBLAS's, after scikit-learn's step) spin for tens of
+milliseconds and would take a processor from whoever comes next."""
 
 
 def take_turns(contenders: Mapping[str, Run], rounds: int) -> dict[str, dict[str, float]]:
@@ -81,6 +84,7 @@ def take_turns(contenders: Mapping[str, Run], rounds: int) -> dict[str, dict[str
     for turn in range(rounds):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             run = contenders[name]
+            time.sleep(SETTLED)
             run()
             synchronize(DEVICE)
             start = time.perf_counter()
