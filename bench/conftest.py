@@ -15,6 +15,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+# Read when NumPy is loaded: its workers would spin for tens of milliseconds after scikit-learn's step and take a processor
+# from whoever comes next.
+os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "10")
+
 import pytest
 import torch
 from roofline import floor_seconds, measure, synchronize
@@ -58,9 +62,6 @@ def summary(times: list[float]) -> dict[str, float]:
 
 
 HOPELESS = 8
-SETTLED = 0.05
-"""Seconds before each turn: worker threads of another library (OpenBLAS's, after scikit-learn's step) spin for tens of
-milliseconds and would take a processor from whoever comes next."""
 
 
 def take_turns(contenders: Mapping[str, Run], rounds: int) -> dict[str, dict[str, float]]:
@@ -84,7 +85,6 @@ def take_turns(contenders: Mapping[str, Run], rounds: int) -> dict[str, dict[str
     for turn in range(rounds):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             run = contenders[name]
-            time.sleep(SETTLED)
             run()
             synchronize(DEVICE)
             start = time.perf_counter()
