@@ -126,8 +126,8 @@ def test_units_of_the_trees_start_spread_over_the_features_of_training():
     model = models.build("heatmap_forest", SPOTS | options).eval()
     model.start(images, points)
     assert not model.training and all(bool(value.isfinite().all()) for value in model.state_dict().values())
-    routing = model.forests[0].groups[0].routing
-    units = nn.functional.linear(model.train().features(images)[0], routing.weight, routing.bias)
+    routing = model.head.groups[0].routing
+    units = nn.functional.linear(model.train().features(images), routing.weight, routing.bias)
     torch.testing.assert_close(units.std(0, correction=0), torch.ones(16), rtol=1e-3, atol=1e-3)
 
 
@@ -203,7 +203,7 @@ def test_what_was_accumulated_is_not_the_callers(faces):
             for tensor in given:
                 tensor.zero_()
         model.update()
-        leaves.append(model.forests[0].groups[0].leaves)
+        leaves.append(model.head.groups[0].leaves)
     assert torch.equal(*leaves)
 
 
@@ -213,7 +213,7 @@ def test_without_a_known_landmark_the_loss_is_nought(case, faces):
     model = make(case, faces)
     loss = model.loss(images, torch.full_like(points, math.nan), torch.zeros(12, 68))
     loss.backward()
-    assert float(loss) == 0 and not any(bool(p.grad.any()) for p in model.parameters() if p.grad is not None)
+    assert float(loss.detach()) == 0 and not any(bool(p.grad.any()) for p in model.parameters() if p.grad is not None)
 
 
 @pytest.mark.parametrize("case", ["heatmap_forest-groups-branches", "dense"])
@@ -328,8 +328,8 @@ def test_groups_are_found_once_and_kept(faces):
     model = make("heatmap_forest-groups-branches", faces)
     labels = model.config()["groups"]
     assert len(labels) == 68 and sorted(set(labels)) == [0, 1, 2]
-    assert models.build(model.name, model.config()).members == model.members
-    assert sorted(p for member in model.members for p in member) == list(range(68))
+    assert models.build(model.name, model.config()).head.members == model.head.members
+    assert sorted(p for member in model.head.members for p in member) == list(range(68))
 
 
 def test_two_sided_kl_is_its_formula():
@@ -366,7 +366,7 @@ def test_two_sided_kl_is_its_formula():
         ("pool", {"objective": "l3"}, "SharedPool: objective must be one of .*, got 'l3'"),
         ("pool", {"leaf_rate": 0.0}, r"SharedPool: leaf_rate must be in \(0, 1\], got 0.0"),
         ("heatmap_forest", {"groups": 2}, "groups = 2 needs points to be told apart by"),
-        ("heatmap_forest", {"groups": [[0], [0]]}, "groups must hold each of the 2 landmarks once"),
+        ("heatmap_forest", {"groups": [[0], [0]]}, "groups must hold each of the 2 landmarks in exactly one group"),
         ("heatmap_forest", {"objective": "two_sided", "mask": 0.1}, "mask limits the losses 'kl' and 'l2'"),
         ("heatmap_forest", {"branch": -1}, "expected branch >= 0 and leaf_iterations >= 1, got -1 and 5"),
         ("coordinates", {"loss": "l4"}, "CoordinateRegression: loss must be one of 'wing', 'l1', 'l2', got 'l4'"),

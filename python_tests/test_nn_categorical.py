@@ -494,3 +494,31 @@ def test_labels_of_another_shape() -> None:
         map_head().loss(x, torch.zeros(N, 2, 2))
     with pytest.raises(ValueError, match=r"size must be \(H, W\)"):
         HeatmapForest(F, 3, (0, 4))
+
+
+def test_groups_may_have_features_of_their_own() -> None:
+    """As two layers, one a group; one tensor for all is the same as that tensor for each."""
+    torch.manual_seed(0)
+    options: Any = {"trees": 2, "depth": 3, "units": 8, "sigma": 1.0}
+    head = HeatmapForest(6, 5, (9, 9), groups=[[0, 3], [1, 2, 4]], seed=4, **options)
+    alone = [HeatmapForest(6, len(m), (9, 9), seed=4 + i, **options) for i, m in enumerate(head.members)]
+    features, points = [torch.randn(7, 6) for _ in range(2)], 8 * torch.rand(7, 5, 2)
+    for layer in alone:
+        layer.groups[0].load_state_dict(head.groups[alone.index(layer)].state_dict())
+    for _ in range(2):
+        expected = torch.empty(7, 5, 2)
+        for layer, own, member in zip(alone, features, head.members, strict=True):
+            expected[:, member] = layer(own)
+        torch.testing.assert_close(head(features), expected)
+        parts = [
+            layer.loss(own, points[:, m]) * len(m) / 5
+            for layer, own, m in zip(alone, features, head.members, strict=True)
+        ]
+        torch.testing.assert_close(head.loss(features, points), torch.stack(parts).sum())
+        head.accumulate(features, points)
+        for layer, own, member in zip(alone, features, head.members, strict=True):
+            layer.accumulate(own, points[:, member])
+        assert head.update() == sum(layer.update() for layer in alone)
+    assert torch.equal(head(features[0]), head([features[0]] * 2))
+    with pytest.raises(ValueError, match="HeatmapForest: features must be a tensor or 2 of them, got 3"):
+        head([features[0]] * 3)

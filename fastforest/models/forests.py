@@ -7,7 +7,7 @@ pixels; a canvas shows the image, or offsets from the mean shape.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,7 @@ class _OnCanvas(LandmarkModel):
         if not 0 < reach < 1:
             raise ValueError(f"{owner}: reach must be a fraction of the image in (0, 1), got {reach}")
         self.objective, self.residual, self.canvas = scope["objective"], scope["residual"], canvas
+        self.sigma: float = scope["sigma"]
         self.pixel = (2 * reach if self.residual else 1.0) * self.image_size / canvas
         origin = self.shape if self.residual else torch.full_like(self.shape, (self.image_size - 1) / 2)
         self.register_buffer("origin", origin.clone(), persistent=False)
@@ -115,9 +116,20 @@ class GroupedForest(_OnCanvas):
             raise ValueError(
                 f"GroupedForest: expected branch >= 0 and leaf_iterations >= 1, got {branch} and {leaf_iterations}"
             )
-        self.members = _members(groups, landmarks)
-        self.sigma, self.leaf_iterations = sigma, leaf_iterations
+        self.leaf_iterations = leaf_iterations
         channels, cells = self.backbone.map_channels, max(1, image_size // 32)
+        self.head = HeatmapForest(
+            self.backbone.features + branch * cells**2,
+            landmarks,
+            (canvas, canvas),
+            groups=_groups(groups),
+            sigma=sigma,
+            trees=trees,
+            depth=depth,
+            units=units,
+            loss="l2" if objective == "l2" else "kl",
+            mask_threshold=mask,
+        )
         self.branches = nn.ModuleList()
         if branch:
             self.branches.extend(
@@ -127,75 +139,45 @@ class GroupedForest(_OnCanvas):
                     nn.AdaptiveAvgPool2d(cells),
                     nn.Flatten(),
                 )
-                for _ in self.members
+                for _ in self.head.members
             )
-        features = self.backbone.features + branch * cells**2
-        self.forests: Any = nn.ModuleList(
-            HeatmapForest(
-                features,
-                len(member),
-                (canvas, canvas),
-                sigma=sigma,
-                trees=trees,
-                depth=depth,
-                units=units,
-                loss="l2" if objective == "l2" else "kl",
-                mask_threshold=mask,
-                seed=index,
-            )
-            for index, member in enumerate(self.members)
-        )
-        place = torch.tensor([p for member in self.members for p in member]).argsort()
-        self.register_buffer("_place", place, persistent=False)
-        self._kept: list[tuple[list[Tensor], Tensor, Tensor | None]] = []
-
-    _place: Tensor
+        self._kept: list[tuple[Tensor | list[Tensor], Tensor, Tensor | None]] = []
 
     @property
     def steepness(self) -> float:
         """Of every tree; see `nn.SoftForest`."""
-        return self.forests[0].steepness
+        return self.head.steepness
 
     @steepness.setter
     def steepness(self, value: float) -> None:
-        for forest in self.forests:
-            forest.steepness = value
+        self.head.steepness = value
 
-    def features(self, images: Tensor) -> list[Tensor]:
-        """What each group's trees read, [B, F]."""
+    def features(self, images: Tensor) -> Tensor | list[Tensor]:
+        """What the trees read, [B, F]; with branches, a list of what those of each group do."""
         if not len(self.branches):
-            return [self.backbone.vector(images)] * len(self.members)
+            return self.backbone.vector(images)
         maps, vector = self.backbone(images)[:2]
         return [torch.cat([vector, branch(maps)], dim=1) for branch in self.branches]
 
     def forward(self, images: Tensor) -> Tensor:
         """images: [B, 3, S, S] in [0, 1] -> points [B, P, 2], image pixels, float32."""
-        parts = [forest(features) for forest, features in self._each(images)]
-        return self.from_canvas(torch.cat(parts, dim=1)[:, self._place])
+        return self.from_canvas(self.head(self.features(images)))
 
     def heatmap(self, images: Tensor) -> Tensor:
         """The mixtures on the canvas [B, P, H, W], each sums to 1."""
-        return self._heatmap(self.features(images))
+        return self.head.heatmap(self.features(images))
 
     def distribution(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Mean [B, P, 2] and covariance [B, P, 2, 2], image pixels and their squares."""
-        found = [forest.distribution(features) for forest, features in self._each(images)]
-        mean = torch.cat([one.mean for one in found], dim=1)[:, self._place]
-        covariance = torch.cat([one.covariance for one in found], dim=1)[:, self._place]
-        return self.from_canvas(mean), covariance * self.pixel**2
+        found = self.head.distribution(self.features(images))
+        return self.from_canvas(found.mean), found.covariance * self.pixel**2
 
     def loss(self, images: Tensor, points: Tensor, weight: Tensor | None = None) -> Tensor:
         """Scalar, mean over landmarks by weight. points: [B, P, 2], image pixels."""
         features, target = self.features(images), self.on_canvas(points, weight)
         if self.objective == "two_sided":
-            return two_sided_kl(self._heatmap(features), target, self.sigma, weight)
-        shown = target.new_ones(target.shape[:2]) if weight is None else weight
-        losses = [
-            forest.loss(one, target[:, member], shown[:, member]) * shown[:, member].sum()
-            for forest, one, member in zip(self.forests, features, self.members, strict=True)
-        ]
-        total = shown.sum()
-        return torch.stack(losses).sum() / torch.where(total > 0, total, 1.0)
+            return two_sided_kl(self.head.heatmap(features), target, self.sigma, weight)
+        return self.head.loss(features, target, weight)
 
     @torch.no_grad()
     def start(self, images: Tensor, points: Tensor) -> None:
@@ -204,12 +186,11 @@ class GroupedForest(_OnCanvas):
         Normalised by the batch: an untrained network's running averages give features hundreds of times smaller, and
         units calibrated on those would be saturated from the first step on.
         """
-        target, mode = self.on_canvas(points, None), self.training
-        every = self.train().features(images)
+        mode = self.training
+        features = self.train().features(images)
         self.train(mode)
-        for forest, features, member in zip(self.forests, every, self.members, strict=True):
-            forest.initialize(target[:, member])
-            forest.calibrate(features)
+        self.head.initialize(self.on_canvas(points, None))
+        self.head.calibrate(features)
 
     @torch.no_grad()
     def accumulate(self, images: Tensor, points: Tensor, weight: Tensor | None = None) -> None:
@@ -230,29 +211,20 @@ class GroupedForest(_OnCanvas):
                 "GroupedForest.update: nothing was accumulated since the last update: call accumulate first"
             )
         dead = 0
-        for index, (forest, member) in enumerate(zip(self.forests, self.members, strict=True)):
-            for _ in range(self.leaf_iterations):
-                for features, target, weight in kept:
-                    forest.accumulate(features[index], target[:, member], None if weight is None else weight[:, member])
-                last = forest.update()
-            dead += last
+        for _ in range(self.leaf_iterations):
+            for batch in kept:
+                self.head.accumulate(*batch)
+            dead = self.head.update()
         return dead
 
     def selections(self, images: Tensor) -> list[tuple[str, Tensor, Tensor]]:
         """(name, leaves [T L, H, W] of the middle landmark, prob [B, P, T L]) of the group that has it, to look at."""
         middle = self.landmarks // 2
-        group = next(index for index, member in enumerate(self.members) if middle in member)
-        forest = self.forests[group].groups[0]
-        prob = forest.routing(self.features(images)[group]).flatten(1) / forest.trees
-        leaves = forest.leaves[:, :, self.members[group].index(middle)].flatten(0, 1)
+        group = next(index for index, member in enumerate(self.head.members) if middle in member)
+        trees, features = self.head.groups[group], self.features(images)
+        prob = trees.routing(features if isinstance(features, Tensor) else features[group]).flatten(1) / trees.trees
+        leaves = trees.leaves[:, :, self.head.members[group].index(middle)].flatten(0, 1)
         return [(f"group {group + 1}", leaves, prob[:, None].expand(-1, self.landmarks, -1))]
-
-    def _each(self, images: Tensor) -> Any:
-        return zip(self.forests, self.features(images), strict=True)
-
-    def _heatmap(self, features: list[Tensor]) -> Tensor:
-        parts = [forest.heatmap(one) for forest, one in zip(self.forests, features, strict=True)]
-        return torch.cat(parts, dim=1)[:, self._place]
 
 
 class SharedPool(_OnCanvas):
@@ -296,7 +268,7 @@ class SharedPool(_OnCanvas):
         super().__init__(locals())
         if not 0 < leaf_rate <= 1:
             raise ValueError(f"SharedPool: leaf_rate must be in (0, 1], got {leaf_rate}")
-        self.leaf_rate, self.sigma = leaf_rate, sigma
+        self.leaf_rate = leaf_rate
         self.head = LeafPool(
             self.backbone.features,
             landmarks,
@@ -357,20 +329,10 @@ class SharedPool(_OnCanvas):
         return [("pool", self.head.pool.permute(2, 0, 1), self.head.select(self.backbone.vector(images)))]
 
 
-def _members(groups: Groups, landmarks: int) -> list[list[int]]:
-    """Landmarks of each group, from labels or from the groups themselves."""
-    if isinstance(groups, int):
-        if groups != 1:
-            raise ValueError(
-                f"GroupedForest: groups = {groups} needs points to be told apart by: use models.build(..., points=...)"
-            )
-        return [list(range(landmarks))]
-    rows = list(groups)
-    if rows and all(isinstance(row, int) for row in rows):
-        labels = cast(list[int], rows)
-        members = [[p for p, label in enumerate(labels) if label == wanted] for wanted in sorted(set(labels))]
-    else:
-        members = [list(row) for row in cast(list[Sequence[int]], rows)]
-    if sorted(p for member in members for p in member) != list(range(landmarks)) or not all(members):
-        raise ValueError(f"GroupedForest: groups must hold each of the {landmarks} landmarks once, got {groups!r}")
-    return members
+def _groups(groups: Groups) -> Sequence[int] | Sequence[Sequence[int]] | None:
+    """As `nn.HeatmapForest` takes them."""
+    if isinstance(groups, int) and groups != 1:
+        raise ValueError(
+            f"GroupedForest: groups = {groups} needs points to be told apart by: use models.build(..., points=...)"
+        )
+    return None if isinstance(groups, int) else groups

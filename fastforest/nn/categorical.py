@@ -545,6 +545,9 @@ class _LandmarkTrees(_MapForest):
         return torch.where((weight == 0)[..., None], 0.0, points), weight.detach().to(points.dtype)
 
 
+GroupFeatures = Tensor | Sequence[Tensor]
+
+
 class HeatmapForest(nn.Module):
     r"""A landmark head: trees route features to leaves that hold one heatmap a landmark; the prediction is their mixture.
 
@@ -569,10 +572,14 @@ class HeatmapForest(nn.Module):
             Gaussian's peak; None: all.
         other arguments: as `LabelDistributionForest`.
 
+    Features are [N, in_features], or a list of such, one a group in the order of the groups' labels, for a network that has
+    a branch a group. `members` says which landmarks a group has.
+
     `loss(features, points, weight=None)`: points [N, P, 2], weight [N, P]; mean over visible landmarks.
 
     Raises:
-        ValueError: an argument out of range, a pairing that does not belong together, groups that are no partition.
+        ValueError: an argument out of range, a pairing that does not belong together, groups that are no partition; on
+            calling: features that are not [N, in_features], or a list of another length than there are groups.
 
     >>> head = HeatmapForest(16, 4, (12, 12), groups=[[0, 1], [2, 3]], trees=2, depth=3)
     >>> features = torch.randn(5, 16)
@@ -619,7 +626,7 @@ class HeatmapForest(nn.Module):
         for index, member in enumerate(members):
             label[member] = index
         self.register_buffer("group", label)
-        self._members = [member.tolist() for member in members]
+        self.members: list[list[int]] = [member.tolist() for member in members]
 
     @property
     def steepness(self) -> float:
@@ -636,27 +643,27 @@ class HeatmapForest(nn.Module):
         """Maps of leaves that were dead in the last update."""
         return sum(trees.dead_leaves for trees in self.groups)
 
-    def calibrate(self, features: Tensor, spread: float = 1.0) -> None:
+    def calibrate(self, features: GroupFeatures, spread: float = 1.0) -> None:
         """Sets where the units start, see `SoftForest.calibrate`."""
-        for trees in self.groups:
-            trees.calibrate(features, spread)
+        for trees, own, _ in self._each(features):
+            trees.calibrate(own, spread)
 
-    def forward(self, features: Tensor) -> Tensor:
+    def forward(self, features: GroupFeatures) -> Tensor:
         """Expected points [N, P, 2], pixels, float32 (float64 for a layer of that dtype)."""
-        return self._assembled([self._mixed(trees, features, trees.leaf_points()) for trees in self.groups])
+        return self._assembled([self._mixed(trees, own, trees.leaf_points()) for trees, own, _ in self._each(features)])
 
-    def heatmap(self, features: Tensor) -> Tensor:
+    def heatmap(self, features: GroupFeatures) -> Tensor:
         """The mixtures [N, P, H, W], each sums to 1."""
-        return self._assembled([self._mixed(trees, features, trees.leaves) for trees in self.groups])
+        return self._assembled([self._mixed(trees, own, trees.leaves) for trees, own, _ in self._each(features)])
 
-    def distribution(self, features: Tensor) -> HeatmapDistribution:
+    def distribution(self, features: GroupFeatures) -> HeatmapDistribution:
         """The mixture over the leaves of all trees of a landmark's group, whatever the objective."""
         return HeatmapDistribution(self.heatmap(features), self.groups[0].eps)
 
-    def loss(self, features: Tensor, points: Tensor, weight: Tensor | None = None) -> Tensor:
+    def loss(self, features: GroupFeatures, points: Tensor, weight: Tensor | None = None) -> Tensor:
         """Mean loss over the landmarks, sum w R / sum w: a scalar, 0 where none is visible. See the class."""
         points, weight = self._checked(points, weight)
-        sums = [trees.loss_sums(features, points[:, m], weight[:, m]) for trees, m in self._each()]
+        sums = [trees.loss_sums(own, points[:, m], weight[:, m]) for trees, own, m in self._each(features)]
         mass = torch.stack([part[1] for part in sums]).sum()
         return torch.stack([part[0] for part in sums]).sum() / torch.where(mass > 0, mass, 1.0)
 
@@ -664,15 +671,15 @@ class HeatmapForest(nn.Module):
     def initialize(self, points: Tensor, group: Any = None) -> None:
         """Leaves from clusters of points [N, P, 2]; samples with a point of the group that is not finite are left out."""
         points, _ = self._checked(points, None)
-        for trees, m in self._each():
+        for trees, m in self._groups():
             trees.initialize(points[:, m], group)
 
     @torch.no_grad()
-    def accumulate(self, features: Tensor, points: Tensor, weight: Tensor | None = None) -> None:
+    def accumulate(self, features: GroupFeatures, points: Tensor, weight: Tensor | None = None) -> None:
         """Adds the closed-form statistics of a batch; arguments as `loss`. Additive over batches until `update`."""
         points, weight = self._checked(points, weight)
-        for trees, m in self._each():
-            trees.accumulate(features, points[:, m], weight[:, m])
+        for trees, own, m in self._each(features):
+            trees.accumulate(own, points[:, m], weight[:, m])
 
     @torch.no_grad()
     def update(self, group: Any = None) -> int:
@@ -683,7 +690,7 @@ class HeatmapForest(nn.Module):
     def fit_leaves(self, points: Tensor, weight: Tensor | None = None, iterations: int = 20, group: Any = None) -> int:
         """Fits the leaves to the points alone, see `LabelDistributionForest.fit_leaves`."""
         points, weight = self._checked(points, weight)
-        return sum(trees.fit_leaves(points[:, m], weight[:, m], iterations, group) for trees, m in self._each())
+        return sum(trees.fit_leaves(points[:, m], weight[:, m], iterations, group) for trees, m in self._groups())
 
     @torch.no_grad()
     def posterior(self, points: Tensor, weight: Tensor | None = None, scale: Any = None) -> Tensor:
@@ -694,7 +701,7 @@ class HeatmapForest(nn.Module):
         return torch.cat(
             [
                 trees.posterior(points[:, m], weight[:, m], one)
-                for (trees, m), one in zip(self._each(), scales, strict=True)
+                for (trees, m), one in zip(self._groups(), scales, strict=True)
             ],
             dim=1,
         )
@@ -702,16 +709,23 @@ class HeatmapForest(nn.Module):
     def posterior_scale(self, points: Tensor, weight: Tensor | None = None) -> list[Tensor]:
         """Of every group, see `LabelDistributionForest.posterior_scale`."""
         points, weight = self._checked(points, weight)
-        return [trees.posterior_scale(points[:, m], weight[:, m]) for trees, m in self._each()]
+        return [trees.posterior_scale(points[:, m], weight[:, m]) for trees, m in self._groups()]
 
-    def routing_loss(self, features: Tensor, posterior: Tensor) -> Tensor:
+    def routing_loss(self, features: GroupFeatures, posterior: Tensor) -> Tensor:
         """KL(posterior || routing), mean over samples and trees."""
         parts = posterior.chunk(len(self.groups), dim=1)
-        losses = [trees.routing_loss(features, part) for trees, part in zip(self.groups, parts, strict=True)]
-        return torch.stack(losses).mean()
+        each = zip(self._each(features), parts, strict=True)
+        return torch.stack([trees.routing_loss(own, part) for (trees, own, _), part in each]).mean()
 
-    def _each(self) -> Any:
-        return zip(self.groups, self._members, strict=True)
+    def _groups(self) -> Any:
+        return zip(self.groups, self.members, strict=True)
+
+    def _each(self, features: GroupFeatures) -> Any:
+        """(trees, features, landmarks) of every group."""
+        own = [features] * len(self.groups) if isinstance(features, Tensor) else features
+        if len(own) != len(self.groups):
+            raise ValueError(f"HeatmapForest: features must be a tensor or {len(self.groups)} of them, got {len(own)}")
+        return zip(self.groups, own, self.members, strict=True)
 
     def _mixed(self, trees: Any, features: Tensor, values: Tensor) -> Tensor:
         prob = trees.routing(features)
@@ -720,7 +734,7 @@ class HeatmapForest(nn.Module):
         return mixed.unflatten(1, values.shape[2:])
 
     def _assembled(self, parts: list[Tensor]) -> Tensor:
-        place = torch.tensor([p for member in self._members for p in member], device=parts[0].device).argsort()
+        place = torch.tensor([p for member in self.members for p in member], device=parts[0].device).argsort()
         return torch.cat(parts, dim=1)[:, place]
 
     def _checked(self, points: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
