@@ -17,12 +17,12 @@ from PIL import Image
 from fastforest.data import (
     Crop,
     DataError,
-    PtsFolder,
     Record,
     RecordFaces,
     Records,
     crop_box,
     draw_face,
+    open_dataset,
     read_records,
     write_pts,
 )
@@ -180,11 +180,11 @@ def changed(records: Records, index: int, **changes: Any) -> Records:
     return Records(replace(row, **changes) if i == index else row for i, row in enumerate(records))
 
 
-def test_faces_are_those_of_a_pts_folder(tmp_path: Path) -> None:
+def test_faces_are_those_of_a_folder_of_pts_files(tmp_path: Path) -> None:
     records = drawn_records(tmp_path)
     for record in records:
         write_pts(record.image.with_suffix(".pts"), record.points)
-    folder, faces = PtsFolder(tmp_path, 48), RecordFaces(records, 48)
+    folder, faces = open_dataset(tmp_path, size=48), RecordFaces(records, 48)
     assert len(folder) == len(faces) == 3
     for index in range(3):
         assert torch.equal(folder[index].image, faces[index].image)
@@ -231,24 +231,24 @@ def test_counting_decodes_nothing(tmp_path: Path) -> None:
 def test_records_that_cannot_be_cropped(tmp_path: Path) -> None:
     records = drawn_records(tmp_path)
     unknown = np.full((68, 2), np.nan, np.float32)
-    with pytest.raises(DataError, match=r"^face_1: no landmark is known$"):
+    with pytest.raises(DataError, match=r"1\.png \(face_1\): no landmark is known$"):
         RecordFaces(changed(records, 1, points=unknown), 32)
-    with pytest.raises(DataError, match=r"^face_1: no landmark is known$"):
+    with pytest.raises(DataError, match=r"1\.png \(face_1\): no landmark is known$"):
         RecordFaces(changed(records, 1, points=unknown), 32, crop="box")
-    with pytest.raises(DataError, match=r"^face_2: all landmarks are the same point$"):
+    with pytest.raises(DataError, match=r"2\.png \(face_2\): all landmarks are the same point$"):
         RecordFaces(changed(records, 2, points=np.full((68, 2), 9.0)), 32)
     with pytest.raises(
-        DataError, match=r"^face_0: the box must be finite with positive width and height, got 1 2 0 5$"
+        DataError, match=r"0\.png \(face_0\): the box must be finite with positive width and height, got 1 2 0 5$"
     ):
         RecordFaces(changed(records, 0, box=(1.0, 2.0, 0.0, 5.0)), 32, crop="box")
     without = changed(records, 1, box=None)
-    with pytest.raises(DataError, match=r"^face_1: has no box to crop by$"):
+    with pytest.raises(DataError, match=r"1\.png \(face_1\): has no box to crop by$"):
         RecordFaces(without, 32, crop="box")
     mixed = RecordFaces(without, 32, crop="box", padding=0.0, fallback="landmarks")
     assert mixed.crop(1) == Crop.around(records[1].points, 32, padding=0.0)
     assert mixed.crop(0) == Crop.of_box(records[0].box, 32, padding=0.0)
     beside = RecordFaces(changed(records, 0, points=records[0].points + 500), 32)
-    with pytest.raises(DataError, match=r"^face_0: the face lies outside the image of 100 x 90 pixels$"):
+    with pytest.raises(DataError, match=r"0\.png \(face_0\): the face lies outside the image of 100 x 90 pixels$"):
         beside[0]
     nameless = RecordFaces(changed(records, 0, points=records[0].points + 500, name=""), 32)
     with pytest.raises(DataError, match=r"0\.png: the face lies outside"):
@@ -261,7 +261,9 @@ def test_square_that_memory_would_not_hold(tmp_path: Path) -> None:
     Image.new("RGB", (2000, 1500)).save(tmp_path / "large.png")
     wild[5] = 9000
     faces = RecordFaces(changed(records, 0, image=tmp_path / "large.png", points=wild), 32)
-    with pytest.raises(DataError, match=r"^face_0: the face lies outside the image of 2000 x 1500 pixels$"):
+    with pytest.raises(
+        DataError, match=r"large\.png \(face_0\): the face lies outside the image of 2000 x 1500 pixels$"
+    ):
         faces[0]
 
 

@@ -25,13 +25,14 @@ from fastforest.data import (
     DataError,
     Face,
     Plain,
-    PtsFolder,
+    RecordFaces,
     SyntheticFaces,
     crop_box,
     draw_face,
     horizontal_flip,
     mean_shape_68,
     open_dataset,
+    read_ibug,
     read_image,
     read_pts,
     resize,
@@ -410,7 +411,7 @@ def test_pts_folder_crops_as_described(tmp_path: Path) -> None:
         spot = dot(120, float(x), float(y), 4.0)[:, :100]
         Image.fromarray(spot.permute(1, 2, 0).numpy()).save(tmp_path / "deep" / f"{number}.png")
         write_pts(tmp_path / "deep" / f"{number}.pts", truth)
-    faces: Any = PtsFolder(tmp_path, size=64, expected=3)
+    faces: Any = RecordFaces(read_ibug(tmp_path, expected=3), 64)
     x0, y0, side = crop_box(truth)
     for number, face in enumerate(faces):
         assert face.name == f"deep/{number}" and face.image.shape == (3, 64, 64)
@@ -423,25 +424,25 @@ def test_pts_folder_crops_as_described(tmp_path: Path) -> None:
 
 def test_pts_folder_errors(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=f"{tmp_path}: holds no .pts file"):
-        PtsFolder(tmp_path)
-    write_pts(tmp_path / "a.pts", np.random.default_rng(0).uniform(0, 40, (68, 2)))
+        read_ibug(tmp_path)
+    fitting = np.random.default_rng(0).uniform(0, 40, (68, 2))
+    write_pts(tmp_path / "a.pts", fitting)
     with pytest.raises(DataError, match=r"a\.pts: no image of the same name beside it"):
-        PtsFolder(tmp_path)
+        open_dataset(tmp_path)
     save_image(tmp_path / "a.JPG")
-    faces = PtsFolder(tmp_path, size=16)
-    assert faces[0].image.shape == (3, 16, 16)
-    for points, message in (
-        (np.full((68, 2), 5.0), "all landmarks are the same point"),
-        (np.random.default_rng(0).uniform(500, 540, (68, 2)), "landmarks lie outside the image of 64 x 48 pixels"),
-        (np.random.default_rng(0).uniform(-1e6, 1e6, (68, 2)), "landmarks lie outside the image of 64 x 48 pixels"),
-        (np.zeros((5, 2)), "expected 68 points, got 5"),
+    assert open_dataset(tmp_path, size=16)[0].image.shape == (3, 16, 16)
+    with pytest.raises(ValueError, match="RecordFaces: size must be at least 1, got 0"):
+        open_dataset(tmp_path, size=0)
+    for points, file, message in (
+        (np.full((68, 2), 5.0), "a.JPG", "all landmarks are the same point"),
+        (np.random.default_rng(0).uniform(500, 540, (68, 2)), "a.JPG", "lies outside the image of 64 x 48 pixels"),
+        (np.random.default_rng(0).uniform(-1e6, 1e6, (68, 2)), "a.JPG", "lies outside the image of 64 x 48 pixels"),
+        (np.zeros((5, 2)), "a.pts", "expected 68 points, got 5"),
     ):
         write_pts(tmp_path / "a.pts", points)
         with pytest.raises(DataError, match=message) as caught:
-            faces[0]
-        assert str(tmp_path / "a.pts") in str(caught.value)
-    with pytest.raises(ValueError, match="PtsFolder: size must be at least 1, got 0"):
-        PtsFolder(tmp_path, size=0)
+            open_dataset(tmp_path)[0]
+        assert str(tmp_path / file) in str(caught.value)
 
 
 def test_open_dataset(tmp_path: Path) -> None:
@@ -458,7 +459,7 @@ def test_open_dataset(tmp_path: Path) -> None:
     save_image(tmp_path / "a.png")
     write_pts(tmp_path / "a.pts", np.random.default_rng(0).uniform(0, 40, (68, 2)))
     folder = open_dataset(tmp_path, size=20)
-    assert isinstance(folder, PtsFolder) and folder[0].image.shape[-1] == 20
+    assert isinstance(folder, RecordFaces) and folder[0].image.shape[-1] == 20
 
 
 def test_split_is_a_fixed_rule() -> None:
@@ -796,7 +797,7 @@ def test_300w_package() -> None:
 @photographs
 def test_original_crops_follow_the_package() -> None:
     """Cropping the untouched AFW files gives the package's landmarks of the same face."""
-    faces: Any = PtsFolder(Path(str(DATA)) / "originals" / "afw")
+    faces: Any = RecordFaces(read_ibug(Path(str(DATA)) / "originals" / "afw"))
     package = CropPackage(Path(str(DATA)) / "300w")
     known = {name: index for index, name in enumerate(package.names)}
     compared = 0

@@ -502,6 +502,33 @@ def test_one_set_of_300w_alone(tmp_path: Path) -> None:
         read_ibug(tmp_path / "afw", "test")
 
 
+def test_some_sets_of_300w_do_not_train_on_their_test_parts(tmp_path: Path) -> None:
+    """Unasked, a folder gives training parts where it has test parts too; asked for, every part must be there."""
+    layout_300w(tmp_path)
+    names = lambda path: {record.source for record in read_records(path)}  # noqa: E731
+    assert names(tmp_path / "HELEN") == {"300w/helen/trainset"} and names(tmp_path / "ibug") == {"300w/ibug"}
+    (tmp_path / "afw").rename(tmp_path / "other")
+    assert names(tmp_path) == {"300w/helen/trainset", "300w/lfpw/trainset"}
+    assert len(open_dataset(tmp_path, size=24)) == 2
+    with pytest.raises(DataError, match="has no folder afw, which belongs to subset 'train'"):
+        read_records(tmp_path, "train")
+
+
+def test_sets_without_parts_and_folders_of_no_set_are_read_too(tmp_path: Path) -> None:
+    layout_300w(tmp_path)
+    for path in ("LFPW", "ibug", "300W", "HELEN/trainset"):
+        shutil.rmtree(tmp_path / path)
+    for path in list((tmp_path / "HELEN" / "testset").iterdir()):
+        path.rename(tmp_path / "HELEN" / path.name)
+    (tmp_path / "HELEN" / "testset").rmdir()
+    shutil.copytree(tmp_path / "afw", tmp_path / "mine")
+    sources = [record.source for record in read_ibug(tmp_path)]
+    assert sources == ["300w/afw"] * 2 + ["300w/helen"] * 2 + [""] * 2
+    assert len(open_dataset(tmp_path, size=24)) == 6
+    with pytest.raises(DataError, match="has no folder helen/trainset, which belongs to subset 'train'"):
+        read_ibug(tmp_path, "train")
+
+
 def test_300w_with_a_part_missing(tmp_path: Path) -> None:
     layout_300w(tmp_path)
     (tmp_path / "LFPW").rename(tmp_path / "elsewhere")

@@ -8,7 +8,7 @@ from .augment import Augment, Plain, horizontal_flip
 from .cache import Cached, DiskCache
 from .crop import Crop, crop_box
 from .errors import DataError
-from .faces import CropPackage, Face, PtsFolder, SyntheticFaces, open_dataset, rescale, resize, split
+from .faces import CropPackage, Face, SyntheticFaces, open_dataset, rescale, resize, split
 from .layout import FLIP_68, LINES_68, REGIONS_68, Layout, layout_of
 from .ldl import DistributionSet, read_distributions, read_distributions_folder, synthetic_distributions
 from .loader import FaceLoader
@@ -51,7 +51,6 @@ __all__ = [
     "FaceLoader",
     "Layout",
     "Plain",
-    "PtsFolder",
     "Record",
     "RecordFaces",
     "Records",

@@ -68,7 +68,7 @@ class Augment:
     occlude: probability that a rectangle (sides 10 to 40 % of the image's, one random colour) hides a part.
     blur: probability of a box blur, 3 x 3 or 5 x 5 pixels, mixed in by a random weight.
 
-    Where the warp looks outside the image the result is black before the colour change, as `PtsFolder` crops are.
+    Where the warp looks outside the image the result is black before the colour change, as the crops of `RecordFaces` are.
 
     Calling it: (images uint8 [B, 3, S, S], points [B, P, 2], generator) -> (float32 [B, 3, size, size] in [0, 1],
     points [B, P, 2] in the new pixels, of the dtype given; they may lie outside the canvas). Equal generator states

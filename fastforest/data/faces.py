@@ -15,9 +15,8 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import Dataset, Subset
 
-from .crop import Crop
 from .errors import DataError, one_line
-from .pts import PathLike, existing_folder, open_image, read_pts, to_tensor
+from .pts import PathLike, existing_folder, open_image, to_tensor
 from .synthetic import draw_face
 
 if TYPE_CHECKING:
@@ -27,7 +26,6 @@ __all__ = [
     "CropPackage",
     "Face",
     "FaceDataset",
-    "PtsFolder",
     "SyntheticFaces",
     "open_dataset",
     "rescale",
@@ -84,48 +82,6 @@ class CropPackage(Dataset[Face]):
         return Face(to_tensor(image), self.points[index].clone(), self.names[index])
 
 
-class PtsFolder(Dataset[Face]):
-    """Images beside .pts files of the same stem, in a folder and the folders below it, in order of path.
-
-    Each face is the square that `crop_box` places around its landmarks, resampled to `size` with antialiasing; what
-    lies outside the image is black. Images without a .pts file are ignored. Files are read when a face is asked for.
-
-    Args:
-        folder: where to look.
-        size: side of the faces, pixels.
-        expected: number of points that every file must hold.
-        one_based: as `read_pts`.
-
-    Raises:
-        DataError: folder missing, no .pts file in it, a .pts file without an image; on reading a face: as `read_pts`
-            and `read_image`, or landmarks that do not lie around the image.
-        ValueError: size < 1.
-    """
-
-    def __init__(self, folder: PathLike, size: int = 256, *, expected: int = 68, one_based: bool = True) -> None:
-        checked_size("PtsFolder", size)
-        self.folder, self.size, self.expected, self.one_based = existing_folder(folder), size, expected, one_based
-        self.files = [(path, _image_beside(path)) for path in sorted(self.folder.rglob("*.pts")) if path.is_file()]
-        if not self.files:
-            raise DataError(f"{self.folder}: holds no .pts file")
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> Face:
-        pts_path, image_path = self.files[checked_index(index, len(self))]
-        points = read_pts(pts_path, expected=self.expected, one_based=self.one_based)
-        try:
-            crop = Crop.around(points, self.size)
-        except ValueError as error:
-            raise DataError(f"{pts_path}: {error}") from None
-        image = open_image(image_path)
-        if crop.misses(image):
-            raise DataError(f"{pts_path}: the landmarks lie outside the image of {image.width} x {image.height} pixels")
-        name = pts_path.relative_to(self.folder).with_suffix("").as_posix()
-        return Face(crop.apply(image), torch.from_numpy(crop.to_crop(points)).float(), name)
-
-
 class SyntheticFaces(Dataset[Face]):
     """Drawn faces with 68 landmarks; face i is a function of (seed, i, size) alone. See `synthetic.draw_face`.
 
@@ -154,12 +110,12 @@ class SyntheticFaces(Dataset[Face]):
 
 def open_dataset(
     name_or_dir: PathLike, *, size: int = 256, count: int = 2000, seed: int = 0, subset: str | None = None
-) -> CropPackage | PtsFolder | SyntheticFaces | RecordFaces:
+) -> CropPackage | SyntheticFaces | RecordFaces:
     """The dataset of that name, in that folder, or of that file of annotations.
 
     "synthetic" gives `SyntheticFaces(count, size, seed)`; a folder with landmarks.npz `CropPackage`, whose images
-    keep their own size; a file or folder that a reader knows (see `readers.read_records`) `RecordFaces(records, size)`;
-    another folder with .pts files, at any depth, `PtsFolder(folder, size)`.
+    keep their own size; a file or folder that a reader knows (see `readers.read_records`), or another folder with .pts
+    files of 68 points, at any depth, `RecordFaces(records, size)`.
 
     subset: which part of 300-W, COFW or WFLW, as `readers.read_records`; None gives the training part of those.
 
@@ -173,18 +129,18 @@ def open_dataset(
     if subset is None and (path / "landmarks.npz").is_file():
         return CropPackage(path)
     # the readers and the crops stand on this module
+    from .readers.ibug import read_ibug
     from .readers.recognise import FILES, LOOKED_FOR, find_reader
+    from .recordfaces import RecordFaces
 
     reader = find_reader(path, subset)
     if reader is not None:
-        from .recordfaces import RecordFaces
-
         return RecordFaces(reader(), size)
     if path.is_file():
         raise DataError(f"{path}: is not a folder, nor {FILES}")
     folder = existing_folder(path)
     if next(folder.rglob("*.pts"), None) is not None:
-        return PtsFolder(folder, size)
+        return RecordFaces(read_ibug(folder), size)
     raise DataError(f"{folder}: holds neither landmarks.npz nor .pts files, and none of: {LOOKED_FOR}")
 
 
@@ -256,14 +212,6 @@ def _read_landmarks(path: Path) -> tuple[list[str], Tensor]:
     if not finite.all():
         raise DataError(f"{path}: landmarks of {names[int(finite.argmin())]} are not finite")
     return [str(name) for name in names], torch.from_numpy(landmarks.astype(np.float32))
-
-
-def _image_beside(pts_path: Path) -> Path:
-    for suffix in IMAGE_SUFFIXES:
-        for candidate in (pts_path.with_suffix(suffix), pts_path.with_suffix(suffix.upper())):
-            if candidate.is_file():
-                return candidate
-    raise DataError(f"{pts_path}: no image of the same name beside it")
 
 
 def checked_size(function: str, size: int) -> None:

@@ -31,8 +31,7 @@ class RecordFaces(Dataset[Face]):
         records: where the faces are.
         size: T.
         crop: "landmarks", the square `Crop.around` them, or "box", that `Crop.of_box`.
-        padding: of the square, on each side, in longer sides of the landmarks' bounding box or of the box. The default
-            is that of `PtsFolder`, which thus gives the same faces.
+        padding: of the square, on each side, in longer sides of the landmarks' bounding box or of the box.
         fallback: "landmarks" takes those of records without a box; None refuses such records.
         keep_outside: landmarks outside the square keep their coordinates, which then lie outside the face.
 
@@ -136,4 +135,4 @@ def _placed(record: Record, size: int, crop: str, padding: float, fallback: str 
 
 
 def _title(record: Record) -> str:
-    return record.name or str(record.image)
+    return f"{record.image} ({record.name})" if record.name else str(record.image)

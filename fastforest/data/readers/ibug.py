@@ -15,7 +15,7 @@ from ..pts import PathLike, existing_folder, read_pts
 from ..records import Box, Record, Records
 from .common import face_box, image_beside, images_of, matrix, points_of
 
-__all__ = ["SETS", "SUBSETS", "ibug_sets", "read_ibug"]
+__all__ = ["SETS", "SUBSETS", "ibug_parts", "read_ibug"]
 
 SETS: dict[str, tuple[str, ...]] = {
     "afw": (),
@@ -48,13 +48,14 @@ def read_ibug(
     box: str = "detector",
     expected: int = 68,
     one_based: bool = True,
+    complete: bool = True,
 ) -> Records:
     """Faces of 300-W, of one of its sets alone, or of any folder of .pts files, in order of part and path.
 
     The folder holds those of afw, helen/trainset, helen/testset, lfpw/trainset, lfpw/testset, ibug, 300W/01_Indoor and
     300W/02_Outdoor that there are (in upper or lower case; indoor and outdoor may stand in the folder itself), or is
-    one of the sets (named so), or any folder with .pts files at any depth. An image has its .pts file's stem and stands
-    beside it, or in imgs beside the .pts file's folder (300-VW).
+    one of the sets (named so), or any folder with .pts files at any depth: what belongs to no part comes last. An image
+    has its .pts file's stem and stands beside it, or in imgs beside the .pts file's folder (300-VW).
 
     Points and boxes count pixels from 1: 1 is subtracted. Boxes come from bounding_boxes_<set>_<part>.mat, which hold
     x1 y1 x2 y2: width is x2 - x1. A face that they do not list has no box.
@@ -67,6 +68,7 @@ def read_ibug(
         box: "detector": what iBUG's detector gave, or "ground_truth": around the landmarks.
         expected: number of points that every file must hold.
         one_based: False where the files count from 0; boxes keep counting from 1.
+        complete: every part of the subset must be there; False takes those that are.
 
     Raises:
         DataError: no such folder, a part of the subset missing, no .pts file, one without an image or as `read_pts`, or
@@ -80,9 +82,11 @@ def read_ibug(
     root = existing_folder(folder)
     places = _box_files(root if boxes is None else existing_folder(boxes))
     records: list[Record] = []
-    for part, path in _chosen(root, subset).items():
+    read: set[Path] = set()
+    for part, path in _chosen(root, subset, complete).items():
         listed = _boxes(places[_plain(part)], BOXES[box]) if _plain(part) in places else {}
-        for file, image in _pairs(path):
+        for file, image in _pairs(path, read):
+            read.add(file)
             points = points_of(str(file), read_pts(file, expected=expected, one_based=one_based))
             name = file.relative_to(root).with_suffix("").as_posix()
             seen = np.ones(len(points), dtype=bool)
@@ -92,43 +96,54 @@ def read_ibug(
     return Records(records)
 
 
-def ibug_sets(folder: Path) -> dict[str, Path]:
-    """The folders of the sets that stand in a folder, by the set's name, e.g. {"helen": folder / "HELEN"}."""
-    found = {_plain(path.name): path for path in folder.iterdir() if path.is_dir()}
-    return {name: found[name] for name in SETS if name in found}
+def ibug_parts(folder: Path) -> dict[str, Path]:
+    """The folders of the parts that stand in a folder, e.g. {"helen/testset": folder / "HELEN" / "testset"}; of a set
+    whose .pts files stand in no part, the set's own."""
+    return _found(folder)[1]
 
 
-def _chosen(root: Path, subset: str | None) -> dict[str, Path]:
-    """The folders to read by part, e.g. {"helen/testset": ...}."""
-    sets, parts, alone = ibug_sets(root), _parts("300w", root), None
-    for name, path in sets.items():
-        parts |= _parts(name, path)
-    if not sets:
-        alone = "300w" if parts else _plain(root.name)
-        parts = _parts(alone, root) if alone in SETS else {}
+def _found(root: Path) -> tuple[str | None, dict[str, Path]]:
+    """The set that the folder itself is, if it is one, and the folders of the parts."""
+    folders = {_plain(path.name): path for path in root.iterdir() if path.is_dir()}
+    inside = {} if "300w" in folders else _parts("300w", root)
+    parts = {part: path for part, path in inside.items() if path != root}
+    alone = "300w" if parts else None
+    for name in SETS:
+        if name in folders:
+            parts, alone = parts | _parts(name, folders[name]), None
+    if not parts and _plain(root.name) in SETS:
+        alone = _plain(root.name)
+        parts = _parts(alone, root)
+    return alone, parts
+
+
+def _chosen(root: Path, subset: str | None, complete: bool) -> dict[str, Path]:
+    """The folders to read by part, e.g. {"helen/testset": ...}; "" is what belongs to none."""
+    alone, parts = _found(root)
     if subset is None:
-        return parts or {"": root}
+        return parts | {"": root}
     wanted = [part for part in SUBSETS[subset] if alone is None or part.split("/")[0] == alone]
-    if not wanted:
+    there = [part for part in wanted if part in parts]
+    if not wanted or not (there or complete):
         raise DataError(f"{root}: holds no part of subset {subset!r}, which is {', '.join(SUBSETS[subset])}")
     for part in wanted:
-        if part not in parts:
+        if complete and part not in parts:
             raise DataError(f"{root}: has no folder {part}, which belongs to subset {subset!r}")
-    return {part: parts[part] for part in wanted}
+    return {part: parts[part] for part in there}
 
 
 def _parts(name: str, folder: Path) -> dict[str, Path]:
-    if not SETS[name]:
-        return {name: folder}
-    found = {_plain(path.name).lstrip("0123456789"): path for path in folder.iterdir() if path.is_dir()}
-    return {f"{name}/{part}": found[part] for part in SETS[name] if part in found}
+    folders = {_plain(path.name).lstrip("0123456789"): path for path in folder.iterdir() if path.is_dir()}
+    found = {f"{name}/{part}": folders[part] for part in SETS[name] if part in folders}
+    flat = not found and next(folder.glob("*.pts"), None) is not None
+    return {name: folder} if flat or not SETS[name] else found
 
 
-def _pairs(folder: Path) -> Iterator[tuple[Path, Path]]:
-    """Each .pts file at any depth and its image."""
+def _pairs(folder: Path, without: set[Path]) -> Iterator[tuple[Path, Path]]:
+    """Each .pts file at any depth, but those `without`, and its image."""
     files: dict[Path, list[Path]] = {}
     for path in sorted(folder.rglob("*.pts")):
-        if path.is_file() and not path.name.startswith("."):
+        if path.is_file() and not path.name.startswith(".") and path not in without:
             files.setdefault(path.parent, []).append(path)
     for place, paths in files.items():
         images = images_of(place) or images_of(place.parent / "imgs")

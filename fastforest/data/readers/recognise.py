@@ -15,7 +15,7 @@ from .coco import read_coco
 from .cofw import cofw68_files, cofw_file, read_cofw, read_cofw68
 from .common import images_of
 from .dlib import read_dlib
-from .ibug import SUBSETS, ibug_sets, read_ibug
+from .ibug import SUBSETS, ibug_parts, read_ibug
 from .menpo import read_ljson
 from .small import read_bioid, read_imm, read_lfpw35, read_scut
 from .tables import read_keypoints_csv, read_muct, table_kind
@@ -38,7 +38,8 @@ Reader = Callable[[], Records]
 def read_records(path: PathLike, subset: str | None = None) -> Records:
     """The records of any file or folder that a reader knows, else of a folder's .pts files as `read_ibug` reads them.
 
-    subset: which part of 300-W (`ibug.SUBSETS`), COFW or WFLW ("train", "test"); None reads "train" of those.
+    subset: which part of 300-W (`ibug.SUBSETS`), COFW or WFLW ("train", "test"); None reads "train" of those. A folder
+    that holds some sets of 300-W alone gives their training parts where it has others too, else all there is.
 
     Raises:
         DataError: nothing known there, a subset of something that has none, or as the reader.
@@ -77,8 +78,13 @@ def _with_subset(folder: Path, subset: str | None) -> Reader | None:
         return lambda: read_wflw(folder, subset or "train")
     if any(cofw_file(folder, part) for part in ("train", "test")):
         return lambda: read_cofw(folder, subset or "train")
-    if subset in SUBSETS or {"afw", "helen", "lfpw"} <= ibug_sets(folder).keys():
-        return lambda: read_ibug(folder, subset or "train")
+    if subset in SUBSETS:
+        return lambda: read_ibug(folder, subset)
+    parts = ibug_parts(folder).keys()
+    tested = {*SUBSETS["full"], *SUBSETS["test"]}
+    if subset is None and parts & tested and parts & set(SUBSETS["train"]):
+        whole = {part.split("/")[0] for part in SUBSETS["train"]} <= {part.split("/")[0] for part in parts}
+        return lambda: read_ibug(folder, "train", complete=whole)
     return None
 
 
