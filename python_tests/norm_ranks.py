@@ -5,10 +5,9 @@ python norm_ranks.py STORE RANK OUT, for ranks 0 and 1; `work(0, 1)` is one proc
 
 from __future__ import annotations
 
-import sys
-
 import torch
-from torch import distributed, nn
+from processes import rank_of_two
+from torch import nn
 
 from fastforest.models import build_backbone, synchronize_batch_norm
 
@@ -78,7 +77,4 @@ def trained(model: nn.Module, dtype: torch.dtype, rows: slice, ranks: int) -> di
 
 
 if __name__ == "__main__":
-    store, rank, out = sys.argv[1:]
-    distributed.init_process_group("gloo", init_method=f"file://{store}", rank=int(rank), world_size=2)
-    torch.save(work(int(rank), 2), out)
-    distributed.destroy_process_group()
+    rank_of_two(work)

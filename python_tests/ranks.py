@@ -5,10 +5,8 @@ python ranks.py STORE RANK OUT, for ranks 0 and 1; `work(0, 1)` is the same on o
 
 from __future__ import annotations
 
-import sys
-
 import torch
-from torch import distributed
+from processes import rank_of_two
 
 from fastforest import training
 from fastforest.nn import GaussianForest, HeatmapForest, LabelDistributionForest
@@ -71,7 +69,4 @@ def work(rank: int, ranks: int) -> dict[str, torch.Tensor]:
 
 
 if __name__ == "__main__":
-    store, rank, out = sys.argv[1:]
-    distributed.init_process_group("gloo", init_method=f"file://{store}", rank=int(rank), world_size=2)
-    torch.save(work(int(rank), 2), out)
-    distributed.destroy_process_group()
+    rank_of_two(work)

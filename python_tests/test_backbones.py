@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import copy
 import io
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +11,7 @@ from typing import Any
 import norm_ranks
 import pytest
 import torch
+from processes import on_two_ranks
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -331,22 +329,7 @@ def test_synchronizing_changes_nothing_in_one_process() -> None:
 
 def test_two_ranks_normalise_as_one(tmp_path: Path) -> None:
     """Two processes over gloo: outputs, gradients and running statistics of one process with the joined batch."""
-    root = str(Path(norm_ranks.__file__).parents[1])
-    path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
-    runs = [
-        subprocess.Popen(
-            [sys.executable, norm_ranks.__file__, str(tmp_path / "store"), str(rank), str(tmp_path / f"{rank}.pt")],
-            env=os.environ | {"PYTHONPATH": path},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    alone = norm_ranks.work(0, 1)
-    for run in runs:
-        _, errors = run.communicate(timeout=100)
-        assert run.returncode == 0, errors[-3000:]
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    alone, first, second = on_two_ranks(norm_ranks, tmp_path)
     assert first.keys() == second.keys() == alone.keys()
     for name, value in alone.items():
         if ".rows." in name:

@@ -5,9 +5,6 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +12,7 @@ from typing import Any
 import pytest
 import ranks
 import torch
+from processes import on_two_ranks
 
 from fastforest.nn import GaussianForest
 
@@ -414,22 +412,7 @@ def test_compiles_with_its_backward_pass(objective: str) -> None:
 
 def test_two_ranks_give_the_update_of_one(tmp_path: Path) -> None:
     """Two processes with halves of the data, over gloo: the leaves of one process with all of it."""
-    root = str(Path(ranks.__file__).parents[1])  # a script's own folder, not the present one, is where it imports from
-    path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
-    runs = [
-        subprocess.Popen(
-            [sys.executable, ranks.__file__, str(tmp_path / "store"), str(rank), str(tmp_path / f"{rank}.pt")],
-            env=os.environ | {"PYTHONPATH": path},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    alone = ranks.work(0, 1)
-    for run in runs:
-        _, errors = run.communicate(timeout=100)
-        assert run.returncode == 0, errors[-3000:]
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    alone, first, second = on_two_ranks(ranks, tmp_path)
     assert first.keys() == alone.keys()
     for name, value in alone.items():
         assert torch.equal(first[name], second[name]), name
