@@ -57,7 +57,7 @@ class Row:
 
 
 TWO_STAGES = Row("two pools, coarse and fine (LandmarkForest)", "forest")
-HEATMAP_FOREST = Row("HeatmapForest", "heatmap_forest")
+HEATMAP_FOREST = Row("HeatmapForest, residual to the mean face", "heatmap_forest")
 POOL = Row("LeafPool", "pool", {"residual": False})
 RESIDUAL = Row("LeafPool, residual to the mean face", "pool", {"residual": True})
 DENSE = Row("dense heatmap + soft-argmax", "dense", decode="soft_argmax")
@@ -85,8 +85,9 @@ QUESTIONS: dict[str, tuple[Row, ...]] = {
     "Does a shared pool need fewer leaves than grouped forests?": (
         *(_pool(f"one pool of {n}", leaves=n) for n in (64, 256)),
         *(
-            Row(f"{groups} groups, 5 trees of {2**depth}", "heatmap_forest", {"groups": groups, "depth": depth})
-            for groups, depth in ((1, 5), (5, 4), (5, 6))
+            Row(f"{words}, 5 trees of {2**depth}", "heatmap_forest", {"groups": groups, "depth": depth})
+            for depth in (4, 6)
+            for words, groups in (("one group", 1), ("five groups", 5))
         ),
     ),
     "Which loss, with which leaf update?": (
@@ -98,11 +99,12 @@ QUESTIONS: dict[str, tuple[Row, ...]] = {
         _pool("trees, steepness 1", leaves=256, selection="forest"),
         _pool("trees, 1 to 3", {"steepness": (1.0, 3.0)}, leaves=256, selection="forest"),
         _pool("trees, 1 to 10", {"steepness": (1.0, 10.0)}, leaves=256, selection="forest"),
-        _pool("softmax, no trees", leaves=256),
+        _pool("for reference: softmax, no trees", leaves=256),
     ),
     "Does it help to predict the residual to the mean face?": (
         _pool("offsets from the mean face", leaves=256),
-        Row("places in the image", "pool", {"residual": False, "leaves": 256}),
+        # Pixels of the same size: the image's side against 0.6 of it on 32.
+        Row("places in the image", "pool", {"residual": False, "leaves": 256, "canvas": 53}),
     ),
     "How should heatmaps be decoded?": tuple(
         Row(label, "dense", decode=decode)
@@ -119,7 +121,8 @@ QUESTIONS: dict[str, tuple[Row, ...]] = {
     ),
     "How wide should the targets be?": tuple(_pool(f"sigma {s:g}", leaves=256, sigma=s) for s in (0.75, 1.5, 3.0)),
 }
-"""The questions that the library grew from; the first row of each is what the models do by default, or nearly."""
+"""The questions that the library grew from. Rows of one question differ in what it asks, but for those for reference and
+those that set a pool, which trains its mixture, against forests, whose trees are trained each by itself."""
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from .. import metrics
 from ..data import Plain
 from . import ranks
 from .feed import Batches, read_ahead
+from .steps import is_out_of_memory
 
 __all__ = ["default_normalizer", "predict", "predict_over_ranks"]
 
@@ -37,9 +38,20 @@ def _predict(model: Any, faces: Batches, order: Tensor, batch: int) -> tuple[Ten
     plain, predicted, truths = Plain(faces.size), [], []
     for images, points in read_ahead(faces, order.split(batch)):
         images, points = plain(images.to(device), points.to(device))
-        predicted.append(model(images).float())
+        predicted.append(_found(model, images))
         truths.append(points)
     return torch.cat(predicted), torch.cat(truths)
+
+
+def _found(model: Any, images: Tensor) -> Tensor:
+    """Points [B, P, 2], float32, of half the images at a time, or of half of those, where memory does not do."""
+    try:
+        return model(images).float()
+    except (RuntimeError, MemoryError) as error:
+        if len(images) == 1 or not is_out_of_memory(error):
+            raise
+    half = len(images) // 2  # beyond the handler, whose error holds on to the memory
+    return torch.cat([_found(model, images[:half]), _found(model, images[half:])])
 
 
 def default_normalizer(landmarks: int) -> str:

@@ -20,7 +20,7 @@ def learning_rate_factor(
     """What multiplies the learning rate at `progress` t.
 
     "cosine": floor + (1 - floor) (1 + cos(pi t)) / 2. "step": 1, then a factor 0.3 at each of `STEPS`. "constant": 1.
-    "multistep": 1, then a factor `drop` at each of `milestones`. At least `floor`.
+    "multistep": 1, then a factor `drop` at each of `milestones`. The floor is of "cosine" and "step".
 
     Raises:
         ValueError: unknown kind.
@@ -36,7 +36,7 @@ def learning_rate_factor(
     if kind == "step":
         return max(floor, 0.3 ** sum(t >= step for step in STEPS))
     if kind == "multistep":
-        return max(floor, drop ** sum(t >= milestone for milestone in milestones))
+        return drop ** sum(t >= milestone for milestone in milestones)
     return 1.0
 
 

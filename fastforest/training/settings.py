@@ -31,8 +31,8 @@ class TrainConfig:
     rate, weight_decay: of AdamW.
     schedule: "cosine", "step", "constant", "multistep" or "plateau".
     milestones: of "multistep", shares of the run, increasing.
-    drop: what "multistep" multiplies the rate by at each milestone, and "plateau" when the watched error is stuck; both
-    end at a hundredth of the rate.
+    drop: what "multistep" multiplies the rate by at each milestone, and "plateau" when the watched error is stuck, down
+    to a hundredth of the rate.
     plateau: rounds without an improvement after which "plateau" drops.
     warmup: steps over which the learning rate rises linearly; steps, not a share of the run, because a run that its
     minutes end may have few on a busy machine, and unwarmed ones do lasting harm.
