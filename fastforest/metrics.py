@@ -22,6 +22,8 @@ import torch
 from scipy.stats import rankdata
 from torch import Tensor
 
+from .data.layout import layout_of
+
 __all__ = [
     "KINDS",
     "Metrics",
@@ -42,7 +44,8 @@ __all__ = [
 KINDS = ("inter_ocular", "inter_pupil", "box")
 """The normalisers that have a name."""
 
-OUTER_EYE_CORNERS = {68: (36, 45), 98: (60, 72), 29: (8, 9)}
+OUTER_EYE_CORNERS = {count: layout.outer_eyes for count in (68, 98, 29) if (layout := layout_of(count))}
+"""Of the layouts whose errors the literature divides by their distance; AFLW's 19 are divided by the face's size."""
 EYES_68 = (slice(36, 42), slice(42, 48))
 
 Array = Tensor | np.ndarray
