@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .inference import Exported, distribution, export, load_exported, spread
-from .photos import Box, Picture, as_image, box_around, check_box, crop, find_faces, overlap
+from .photos import Box, Picture, as_image, box_around, box_showing, check_box, crop, find_faces, overlap
 from .training import checkpoint
 
 __all__ = ["Aligner", "Alignment", "NoFace", "NotFinite", "export", "load_exported"]
@@ -59,7 +59,8 @@ class Aligner:
     An image is a path, a Pillow image, a numpy array uint8 [H, W, 3] or [H, W] (grey), or a tensor uint8 [3, H, W]; RGB.
     Nothing is changed by a call: threads may share an aligner.
 
-    A given box is used as it is. Faces that scikit-image's cascade finds have boxes only near their landmarks' own, and
+    A given box is used as it is: around the landmarks, or for a model trained on crops around the boxes of its set, such
+    a box. Faces that scikit-image's cascade finds have boxes only near their landmarks' own, and
     some are none. So each is predicted `PASSES` times, every crop taken around the landmarks of the one before: on a face
     they settle. Those that settle are faces, largest first; where none does, the one that moved least is the only one.
 
@@ -67,25 +68,34 @@ class Aligner:
         model: any of `fastforest.models`, on its device; set to evaluation mode. Or an `Exported`.
         size: S; an `Exported` knows its own.
         padding: what a crop shows on each side of a box, in its longer sides; as in training. An `Exported` knows it.
+        shape: [P, 2], the mean shape in pixels of a crop, where the model was trained on crops around other boxes than the
+            landmarks': a crop around landmarks then shows them where the mean shape lies. An `Exported` knows it.
 
     Raises, on calling:
         NoFace, NotFinite: as their names say. DataError: a file that cannot be read. TypeError, ValueError: not an image;
         a box that is not finite, is empty, much larger than the image or beside it.
     """
 
-    def __init__(self, model: Any, size: int | None = None, padding: float = 0.25) -> None:
+    def __init__(
+        self, model: Any, size: int | None = None, padding: float = 0.25, shape: Tensor | np.ndarray | None = None
+    ) -> None:
         if isinstance(model, Exported):
             size, padding = model.size, model.padding
+            shape = model.mean_shape if model.crop == "box" else None
         if size is None:
             raise ValueError("Aligner: size must be the side of the model's images, got None")
         self.padding = padding
+        self.shape = None if shape is None else np.asarray(shape, dtype=np.float64)
+        if self.shape is not None and (self.shape.ndim != 2 or not np.ptp(self.shape, axis=0).max() > 0):
+            raise ValueError(f"Aligner: shape must be [P, 2], of points that differ, got {list(self.shape.shape)}")
         self.model, self.size = model if isinstance(model, Exported) else model.eval(), size
 
     @classmethod
     def from_checkpoint(cls, path: str | os.PathLike[str], device: str | torch.device = "cpu") -> Aligner:
         """Of what `python -m fastforest train` wrote. CheckpointError where the file cannot be used."""
         saved = checkpoint.load(path)
-        return cls(saved.build(path).to(device), saved.size, saved.padding)  # type: ignore[arg-type]
+        shape = saved.mean_shape if saved.crop == "box" else None
+        return cls(saved.build(path).to(device), saved.size, saved.padding, shape)  # type: ignore[arg-type]
 
     @classmethod
     def from_exported(cls, path: str | os.PathLike[str], device: str | torch.device = "cpu") -> Aligner:
@@ -146,12 +156,12 @@ class Aligner:
                 found = followed if moved < LOST else None
             if found is None:
                 found = next(iter(self._faces([picture])[0]), None)
-            box = None if found is None else box_around(found.points, picture)
+            box = None if found is None else self._box_around(found.points, picture)
             yield found
 
     def _faces(self, pictures: Sequence[Picture]) -> list[list[Alignment]]:
         """Of each picture, largest first."""
-        starts = [(row, box) for row, picture in enumerate(pictures) for box in find_faces(picture)]
+        starts = [(row, self._box(box)) for row, picture in enumerate(pictures) for box in find_faces(picture)]
         found = self._settle([(pictures[row], box) for row, box in starts])
         rows: list[list[tuple[Alignment, float]]] = [[] for _ in pictures]
         for (row, _), candidate in zip(starts, found, strict=True):
@@ -164,8 +174,17 @@ class Aligner:
         for _ in range(PASSES - 1):
             before = last
             pictures = [picture for picture, _ in starts]
-            last = self._predict([(p, box_around(face.points, p)) for p, face in zip(pictures, before, strict=True)])
+            last = self._predict(
+                [(p, self._box_around(face.points, p)) for p, face in zip(pictures, before, strict=True)]
+            )
         return [(b, _moved(a, b)) for a, b in zip(before, last, strict=True)]
+
+    def _box_around(self, points: np.ndarray, picture: Picture) -> Box:
+        return self._box(box_around(points, picture))
+
+    def _box(self, landmarks: Box) -> Box:
+        """A box such as the model was trained on, from one that landmarks fill."""
+        return landmarks if self.shape is None else box_showing(landmarks, self.shape, self.size, self.padding)
 
     @torch.inference_mode()
     def _predict(self, faces: Sequence[tuple[Picture, Box]]) -> list[Alignment]:

@@ -50,6 +50,7 @@ class Exported(NamedTuple):
 
     module: images [B, 3, S, S] of `pixels` -> points [B, P, 2], spread [B, P]. size: S. mean_shape: float32 [P, 2],
     pixels of such an image. pixels: one of `PIXELS`. device: where the module runs. padding: of its crops, see `Crop`.
+    crop: what they are around, "landmarks" or "box".
     """
 
     module: nn.Module
@@ -58,6 +59,7 @@ class Exported(NamedTuple):
     pixels: str
     device: torch.device
     padding: float = 0.25
+    crop: str = "landmarks"
 
     def predict(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """images: uint8 [B, 3, S, S] on any device -> points [B, P, 2], spread [B, P]."""
@@ -73,6 +75,7 @@ def export(
     *,
     pixels: str = "uint8",
     padding: float = 0.25,
+    crop: str = "landmarks",
 ) -> None:
     """Writes the way from images to points and spread as a file for `load_exported` or `torch.export.load`, atomically.
 
@@ -86,7 +89,7 @@ def export(
         size: S.
         mean_shape: [P, 2], pixels of an image; goes along.
         pixels: one of `PIXELS`.
-        padding: of the crops that the model was trained on, see `data.Crop`; goes along.
+        padding, crop: of the crops that the model was trained on, see `data.RecordFaces`; go along.
 
     Raises:
         ValueError: another suffix or unknown pixels. OSError: the folder cannot be written.
@@ -107,6 +110,7 @@ def export(
         "mean_shape": mean_shape.tolist(),
         "pixels": pixels,
         "padding": padding,
+        "crop": crop,
         "torch": torch.__version__,
     }
     extra = {METADATA: json.dumps(metadata)}
@@ -139,7 +143,10 @@ def load_exported(path: str | os.PathLike[str], device: str | torch.device = "cp
     if place.type != "cpu":
         program = move_to_device_pass(program, place)
     mean_shape = torch.tensor(metadata["mean_shape"], dtype=torch.float32)
-    return Exported(program.module(), metadata["size"], mean_shape, metadata["pixels"], place, metadata["padding"])
+    crop = metadata.get("crop", "landmarks")  # files of the first export had no other
+    return Exported(
+        program.module(), metadata["size"], mean_shape, metadata["pixels"], place, metadata["padding"], crop
+    )
 
 
 class _Inference(nn.Module):

@@ -21,7 +21,7 @@ from torch import Tensor
 from .data import crop_box, read_image, resize
 from .data.records import Box
 
-__all__ = ["Box", "Picture", "as_image", "box_around", "check_box", "crop", "find_faces", "overlap"]
+__all__ = ["Box", "Picture", "as_image", "box_around", "box_showing", "check_box", "crop", "find_faces", "overlap"]
 
 Picture = np.ndarray
 """uint8 [H, W, 3], RGB."""
@@ -113,6 +113,17 @@ def box_around(points: np.ndarray, image: Picture) -> Box:
     low, high = points.min(axis=0), points.max(axis=0)
     width, height = (min(float(extent), float(max(image.shape[:2]))) for extent in high - low)
     return float(low[0]), float(low[1]), width, height
+
+
+def box_showing(box: Box, shape: np.ndarray, size: int, padding: float) -> Box:
+    """The square box whose `crop` shows the landmarks that fill `box` where `shape`, [P, 2], pixels of a crop, has its own:
+    the same centre, the same longer side."""
+    low, high = shape.min(axis=0), shape.max(axis=0)
+    scale = max(box[2:]) / float((high - low).max())
+    middle, shift = np.array(box[:2]) + np.array(box[2:]) / 2, (size - 1) / 2 - (low + high) / 2
+    side = size * scale / (1 + 2 * padding)
+    x, y = (float(value) - side / 2 for value in middle + shift * scale)
+    return x, y, side, side
 
 
 def overlap(first: np.ndarray, second: np.ndarray) -> float:

@@ -244,6 +244,23 @@ def test_track_follows_the_face_and_finds_it_again(monkeypatch):
         next(align.track(frames, (float("nan"), 1, 2, 3)))
 
 
+def test_a_model_of_other_boxes_sees_landmarks_where_its_mean_shape_has_them(monkeypatch):
+    shape = np.array([[20.0, 36.0], [42.0, 36.0], [20.0, 54.0], [42.0, 54.0]])  # low in the crop, and small
+    align = Aligner(Corners(), 64, padding=0.1, shape=torch.from_numpy(shape))
+    image, place = spots((140, 160), sigma=8.0), (140.0, 160.0)
+    given = (100.0, 90.0, 80.0, 90.0)
+    assert align(image, given).box == given  # of the kind that the model knows: taken as it is
+    monkeypatch.setattr(module, "find_faces", lambda picture: [(120.0, 145.0, 36.0, 36.0)])
+    for found in (align(image), list(align.track([image, image], given))[1]):
+        x0, y0, side = photos.crop(image, found.box, 64, 0.1)[1]
+        seen = (found.points + 0.5 - (x0, y0)) * 64 / side - 0.5
+        assert found.points.mean(axis=0) == pytest.approx(place, abs=0.5)
+        assert seen.mean(axis=0) == pytest.approx(shape.mean(axis=0), abs=0.7)  # squares are of whole pixels
+        assert np.ptp(seen, axis=0).max() == pytest.approx(22.0, abs=0.7)
+    with pytest.raises(ValueError, match=r"shape must be \[P, 2\], of points that differ, got \[2, 2\]"):
+        Aligner(Corners(), 64, shape=torch.ones(2, 2))
+
+
 def test_predictions_that_are_not_finite_are_refused():
     class Broken(Centroid):
         def forward(self, images):

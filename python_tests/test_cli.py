@@ -1,7 +1,9 @@
 """The command line: what it writes, what it prints, and one sentence for every bad input. Drawn faces only."""
 
+import functools
 import inspect
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -225,12 +227,49 @@ def test_faces_in_memory_in_a_file_or_nowhere_train_alike(photographs, tmp_path,
         assert all(torch.equal(tensor, other[name]) for name, tensor in weights[0].items())
 
 
+def test_faces_that_do_not_fit_in_memory_are_told(photographs, capsys, monkeypatch):
+    monkeypatch.setattr(training.sets, "Cached", functools.partial(data.Cached, max_bytes=4 * 3 * 32 * 32))
+    train, _ = open_sets(config.resolve({"data": {"path": str(photographs), "size": 32}}))
+    assert capsys.readouterr().out == (
+        f"{photographs}: 4 of 9 faces are kept in memory, the others are decoded in every round: train.cache = FOLDER "
+        "keeps all in a file\n"
+    )
+    assert len(train.batch(range(9))[0]) == 9
+
+
+def test_faces_whose_boxes_hide_all_their_landmarks_are_left_out_of_training(photographs, capsys):
+    text, boxes, beside = photographs.read_text(), "<box [^>]*>", "<box top='1' left='1' width='8' height='8'>"
+    end = text.index("</image>") + len("</image>")
+    lost = re.sub(boxes, beside, text[text.index("<image ") : end])
+    photographs.write_text(text[:end] + lost + text[end:])
+    chosen = config.resolve({"data": {"path": str(photographs), "size": 32, "crop": "box", "padding": 0.0}})
+    train, held_out = open_sets(chosen)
+    said = capsys.readouterr().out.splitlines()
+    assert (len(train), len(held_out)) == (9, 1)
+    assert said[0] == f"{photographs}: 1 faces whose crops hold none of their landmarks are left out"
+    assert "landmarks lie outside" in said[1]
+    assert len(open_evaluated(chosen.data)) == 11
+    photographs.write_text(re.sub(boxes, beside, text))
+    with pytest.raises(data.DataError, match=r"no crop holds a landmark of its face: data.crop = box does not suit"):
+        open_sets(chosen)
+
+
 def test_faces_that_a_reader_leaves_out_are_counted(photographs, capsys):
     bare = "<box top='14' left='24' width='36' height='34'/>"
     photographs.write_text(photographs.read_text().replace("<box", f"{bare}<box", 3))
     train, held_out = open_sets(config.resolve({"data": {"path": str(photographs), "size": 32}}))
     assert (len(train), len(held_out)) == (9, 1)
     assert capsys.readouterr().out == f"{photographs}: 3 faces without a landmark are left out\n"
+
+
+def test_what_was_trained_on_boxes_knows_it_wherever_it_goes(tmp_path, photographs):
+    out, exported = tmp_path / "run", tmp_path / "model.pt2"
+    words = [*TINY[4:], "--set", "data.crop=box", "--set", "data.padding=0.3"]
+    assert main(["train", "--data", str(photographs), "--out", str(out), *words]) == 0
+    assert main(["export", "--checkpoint", str(out / "checkpoint.pt"), "--out", str(exported)]) == 0
+    shape = training.load(out / "checkpoint.pt").mean_shape.numpy()
+    for found in (Aligner.from_checkpoint(out / "checkpoint.pt"), Aligner.from_exported(exported)):
+        assert found.padding == 0.3 and np.array_equal(found.shape, shape)
 
 
 @pytest.mark.parametrize(
@@ -271,6 +310,7 @@ def test_evaluation_and_prediction_crop_as_training_did(tmp_path, photographs, c
     exported = tmp_path / "model.pt2"
     assert main(["export", "--checkpoint", str(path), "--out", str(exported)]) == 0
     assert Aligner.from_exported(exported).padding == 0.6
+    assert aligner_.shape is None and Aligner.from_exported(exported).shape is None
     saved.settings["data"]["padding"] = 0.25
     training.checkpoint.save(tmp_path / "other.pt", saved)
     assert main(["evaluate", "--data", str(photographs), "--checkpoint", str(tmp_path / "other.pt")]) == 0

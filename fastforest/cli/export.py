@@ -19,7 +19,15 @@ def export(options: argparse.Namespace) -> None:
     model = saved.build(options.checkpoint)
     check_writable(options.out.parent)
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    inference.export(model, options.out, saved.size, saved.mean_shape, pixels=options.pixels, padding=saved.padding)
+    inference.export(
+        model,
+        options.out,
+        saved.size,
+        saved.mean_shape,
+        pixels=options.pixels,
+        padding=saved.padding,
+        crop=saved.crop,
+    )
     kind = "uint8" if options.pixels == "uint8" else "float32 in [0, 1]"
     print(
         f"{options.out}: images {kind} [B, 3, {saved.size}, {saved.size}] -> points [B, {saved.landmarks}, 2], "

@@ -13,22 +13,30 @@ __all__ = ["open_evaluated", "open_sets"]
 
 
 def open_sets(chosen: Config) -> tuple[Any, Any]:
-    """(train, held_out) of a resolved configuration; says how many faces its reader leaves out, and how many
-    landmarks its crops.
+    """(train, held_out) of a resolved configuration; says how many faces its reader and its crops leave out, and how
+    many landmarks.
 
     Raises:
         DataError: as `data.open_dataset`, `RecordFaces`, `DiskCache` and `training.training_sets`. BadInput: settings
             that the set does not allow.
     """
     dataset, train, size = _dataset(chosen.data), chosen.train, _size(chosen.data)
-    if isinstance(dataset, data.RecordFaces) and ranks.rank() == 0:
-        _tell(chosen.data.path, dataset)
+    if isinstance(dataset, data.RecordFaces):
+        dataset = _seen(chosen.data, dataset)
     if train.cache not in ("memory", "off"):
         if not isinstance(dataset, data.RecordFaces):
             raise BadInput(f"train.cache must be memory or off for {chosen.data.path}, got {train.cache!r}")
         dataset = data.DiskCache(dataset, train.cache, size)
     kept = train.cache == "memory"
-    return training.training_sets(dataset, size, chosen.data.path, keep=kept, workers=train.workers, pin=train.pin)
+    sets = training.training_sets(dataset, size, chosen.data.path, keep=kept, workers=train.workers, pin=train.pin)
+    fit = sets[0].capacity if kept else len(sets[0])
+    if fit < len(sets[0]) and ranks.rank() == 0:
+        print(
+            f"{chosen.data.path}: {fit} of {len(sets[0])} faces are kept in memory, the others are decoded in every round: "
+            "train.cache = FOLDER keeps all in a file",
+            flush=True,
+        )
+    return sets
 
 
 def open_evaluated(chosen: DataConfig) -> Any:
@@ -48,26 +56,41 @@ def _dataset(chosen: DataConfig, *, evaluated: bool = False) -> Any:
         dataset = data.open_dataset(
             chosen.path, size=size, count=chosen.faces, seed=chosen.face_seed, subset=chosen.subset
         )
-        crop = {"crop": chosen.crop, "padding": chosen.padding, "fallback": chosen.fallback}
         if isinstance(dataset, data.RecordFaces):
-            return data.RecordFaces(dataset.records, size, keep_outside=evaluated, **crop)  # type: ignore[arg-type]
+            return data.RecordFaces(dataset.records, size, keep_outside=evaluated, **_crop(chosen))
     except ValueError as error:
         if isinstance(error, data.DataError):
             raise
         raise BadInput(f"{chosen.path}: {error}") from None
-    changed = [name for name, value in crop.items() if value != getattr(DataConfig, name)]
+    changed = [name for name, value in _crop(chosen).items() if value != getattr(DataConfig, name)]
     if changed and not evaluated:
         raise BadInput(f"data.{changed[0]} is for sets of annotated photographs, which {chosen.path} is not")
     return dataset
 
 
-def _tell(path: str, faces: data.RecordFaces) -> None:
-    """What is missing of a set."""
-    left_out, masked = faces.records.left_out, faces.masked
-    if left_out:
-        print(f"{path}: {left_out} faces without a landmark are left out", flush=True)
-    if masked:
-        print(f"{path}: {masked} landmarks lie outside their crops and are masked", flush=True)
+def _crop(chosen: DataConfig) -> dict[str, Any]:
+    return {"crop": chosen.crop, "padding": chosen.padding, "fallback": chosen.fallback}
+
+
+def _seen(chosen: DataConfig, faces: data.RecordFaces) -> data.RecordFaces:
+    """The faces of which a landmark is seen; tells what is missing of the set."""
+    hidden = faces.hidden()
+    missing = {
+        "faces without a landmark are left out": faces.records.left_out,
+        "faces whose crops hold none of their landmarks are left out": int(hidden.sum()),
+        "landmarks lie outside their crops and are masked": int(faces.masked_counts()[~hidden].sum()),
+    }
+    for words, count in missing.items():
+        if count and ranks.rank() == 0:
+            print(f"{chosen.path}: {count} {words}", flush=True)
+    if hidden.all():
+        raise data.DataError(
+            f"{chosen.path}: no crop holds a landmark of its face: data.crop = {chosen.crop} does not suit"
+        )
+    if not hidden.any():
+        return faces
+    seen = data.Records(record for record, none in zip(faces.records, hidden, strict=True) if not none)
+    return data.RecordFaces(seen, faces.size, **_crop(chosen))
 
 
 def _size(chosen: DataConfig) -> int:

@@ -21,6 +21,7 @@ FLAGS = {
     "faces": "data.faces",
     "face_seed": "data.face_seed",
     "size": "data.size",
+    "subset": "data.subset",
     "model": "model.name",
     "steps": "train.steps",
     "batch": "train.batch",
@@ -185,6 +186,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--data", metavar="synthetic|PATH", help="drawn faces, or a set as `data.open_dataset` takes it")
     add("--faces", type=whole(10), help="synthetic: how many (default: 1000)")
     add("--face-seed", type=whole(0), help="synthetic: which series (default: 0)")
+    add("--subset", help="of 300-W, COFW or WFLW, e.g. train, full, test (default: train)")
     add("--out", type=Path, help="folder of the run (default: a new one, runs/DATA-MODEL)")
     add("--model", choices=tuple(models.MODELS), help="(default: forest)")
     add("--minutes", type=real(0), help="when to stop (default: 1.5 for synthetic, else 20)")

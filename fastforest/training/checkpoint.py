@@ -62,6 +62,11 @@ class Checkpoint:
         """Of the crops that the model was trained on, as `data.RecordFaces` takes it."""
         return float(self.settings.get("data", {}).get("padding", 0.25))
 
+    @property
+    def crop(self) -> str:
+        """What they were around, as `data.RecordFaces` takes it."""
+        return str(self.settings.get("data", {}).get("crop", "landmarks"))
+
     def best_weights(self) -> dict[str, Tensor]:
         """The weights to predict with: the averaged ones where there are any."""
         return self.weights | (self.ema or {})
