@@ -1,14 +1,9 @@
 """Layers: `torch.nn.Module`s over the operators of `fastforest.ops`."""
 
-from fastforest.nn.categorical import (
-    HeatmapDistribution,
-    HeatmapForest,
-    LabelDistribution,
-    LabelDistributionForest,
-    group_landmarks,
-)
+from fastforest.nn.categorical import LabelDistribution, LabelDistributionForest
 from fastforest.nn.gaussian import GaussianForest, GaussianMixture
 from fastforest.nn.heatmap import PeakDecoder, SoftArgmax2d
+from fastforest.nn.heatmap_forest import HeatmapDistribution, HeatmapForest, group_landmarks
 from fastforest.nn.heatmap_loss import (
     AdaptiveWingLoss,
     HeatmapJSLoss,
