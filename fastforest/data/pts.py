@@ -6,7 +6,6 @@ Shapes: P landmarks, H x W pixels. Points are (x, y), 0-based, pixel centres at 
 from __future__ import annotations
 
 import math
-import os
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +14,9 @@ from PIL import Image
 from torch import Tensor
 
 from .errors import DataError, one_line
+from .text import PathLike, read_lines
 
 __all__ = ["existing_folder", "open_image", "read_image", "read_pts", "write_pts"]
-
-PathLike = str | os.PathLike[str]
 
 
 def existing_folder(folder: PathLike) -> Path:
@@ -114,22 +112,18 @@ def _as_rgb(image: Image.Image) -> Image.Image:
 
 
 def _rows(path: Path) -> list[tuple[float, float]]:
-    lines = _lines(path)
-    numbered = [(number, line.strip()) for number, line in enumerate(lines, start=1) if line.strip()]
-    opening = next((i for i, (_, line) in enumerate(numbered) if line == "{"), None)
+    lines = read_lines(path)
+    opening = next((i for i, (_, line) in enumerate(lines) if line == "{"), None)
     if opening is None:
-        if any(":" in line for _, line in numbered[:2]):
+        if any(":" in line for _, line in lines[:2]):
             raise DataError(f"{path}: truncated, the header has no opening brace")
-        rows = [_row(path, number, line) for number, line in numbered]
-        if not rows:
-            raise DataError(f"{path}: holds no points")
-        return rows
-    announced = _announced(path, numbered[:opening])
-    body = numbered[opening + 1 :]
+        return [_row(where, line) for where, line in lines]
+    announced = _announced(path, lines[:opening])
+    body = lines[opening + 1 :]
     closing = next((i for i, (_, line) in enumerate(body) if line == "}"), None)
     if closing is None:
         raise DataError(f"{path}: truncated, no closing brace after {len(body)} of {announced} lines of points")
-    rows = [_row(path, number, line) for number, line in body[:closing]]
+    rows = [_row(where, line) for where, line in body[:closing]]
     if len(rows) != announced:
         raise DataError(f"{path}: the header announces {announced} points, got {len(rows)}")
     if not rows:
@@ -137,34 +131,21 @@ def _rows(path: Path) -> list[tuple[float, float]]:
     return rows
 
 
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_bytes().decode("utf-8-sig").splitlines()
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file") from None
-    except IsADirectoryError:
-        raise DataError(f"{path}: is a folder, not a .pts file") from None
-    except UnicodeDecodeError:
-        raise DataError(f"{path}: not a text file of points") from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {one_line(error)}") from error
-
-
-def _announced(path: Path, header: list[tuple[int, str]]) -> int:
-    for number, line in header:
+def _announced(path: Path, header: list[tuple[str, str]]) -> int:
+    for where, line in header:
         key, colon, value = line.partition(":")
         if colon and key.strip() == "n_points":
             if not value.strip().isdecimal():
-                raise DataError(f"{path}: line {number}: n_points is not a number: {_shown(value.strip())}")
+                raise DataError(f"{where}: n_points is not a number: {_shown(value.strip())}")
             return int(value)
     raise DataError(f"{path}: the header has no n_points")
 
 
-def _row(path: Path, number: int, line: str) -> tuple[float, float]:
+def _row(where: str, line: str) -> tuple[float, float]:
     try:
         x, y = (float(field) for field in line.split())
     except ValueError:
-        raise DataError(f"{path}: line {number} is not two numbers: {_shown(line)}") from None
+        raise DataError(f"{where} is not two numbers: {_shown(line)}") from None
     return x, y
 
 

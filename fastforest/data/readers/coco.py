@@ -11,7 +11,8 @@ import numpy as np
 from ..errors import DataError, one_line
 from ..pts import PathLike
 from ..records import Record, Records
-from .common import face_box, image_named, matrix, points_of, read_text
+from ..text import read_text
+from .common import face_box, image_named, matrix, points_of
 
 __all__ = ["read_coco", "read_json"]
 

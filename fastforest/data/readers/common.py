@@ -1,4 +1,4 @@
-"""What the readers share: text, numbers, points, boxes and images, each with an error that names the place.
+"""What the readers share: numbers, points, boxes and images, each with an error that names the place.
 
 `where` begins an error's sentence: the file, or the file and the line or entry in it.
 """
@@ -11,9 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import DataError, one_line
+from ..errors import DataError
 from ..faces import IMAGE_SUFFIXES
-from ..pts import PathLike
 from ..records import Box
 
 __all__ = [
@@ -24,42 +23,10 @@ __all__ = [
     "matrix",
     "numbers",
     "points_of",
-    "read_bytes",
-    "read_lines",
-    "read_text",
 ]
 
 FAR = 1e6
 """Pixels from the origin at which no image has a landmark, however far outside it lies."""
-
-
-def read_bytes(path: PathLike) -> bytes:
-    """The content of a file. Raises DataError."""
-    try:
-        return Path(path).read_bytes()
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file") from None
-    except IsADirectoryError:
-        raise DataError(f"{path}: is a folder, not a file") from None
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read: {one_line(error)}") from error
-
-
-def read_text(path: PathLike) -> str:
-    """A file of UTF-8, with or without the mark at its head. Raises DataError, also on an empty file."""
-    try:
-        text = read_bytes(path).decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise DataError(f"{path}: not a text file") from None
-    if not text.strip():
-        raise DataError(f"{path}: is empty")
-    return text
-
-
-def read_lines(path: PathLike) -> list[tuple[str, str]]:
-    """(where, line) of each line that is not blank, stripped. Raises DataError."""
-    lines = enumerate(read_text(path).splitlines(), start=1)
-    return [(f"{path}: line {number}", line.strip()) for number, line in lines if line.strip()]
 
 
 def numbers(where: str, fields: Iterable[str]) -> np.ndarray:

@@ -11,7 +11,8 @@ from defusedxml import ElementTree
 from ..errors import DataError, one_line
 from ..pts import PathLike
 from ..records import Record, Records
-from .common import face_box, image_named, numbers, points_of, read_bytes
+from ..text import read_bytes
+from .common import face_box, image_named, numbers, points_of
 
 __all__ = ["read_dlib"]
 
