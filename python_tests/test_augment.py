@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import resource
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,10 @@ import numpy as np
 import pytest
 import torch
 from scipy import ndimage
+from spots import centroid, dot
 
-from fastforest.data import FLIP_68, Augment, Cached, SyntheticFaces, horizontal_flip, layout_of, resize
+from fastforest.data import FLIP_68, Augment, Cached, Plain, SyntheticFaces, horizontal_flip, layout_of, resize
+from fastforest.data.augment import warp
 
 STILL: dict[str, Any] = {"rotation": 0, "scale": 0, "shift": 0, "flip": None, "colour": 0, "occlude": 0, "blur": 0}
 MOVING: dict[str, Any] = STILL | {"rotation": 30.0, "scale": 0.25, "shift": 0.08}
@@ -21,7 +25,7 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def faces(count: int, size: int = 48) -> tuple[torch.Tensor, torch.Tensor]:
+def faces(count: int = 6, size: int = 48) -> tuple[torch.Tensor, torch.Tensor]:
     return Cached(SyntheticFaces(count, size), size).batch(range(count))
 
 
@@ -216,3 +220,199 @@ def test_nothing_grows() -> None:
         changed, moved = augment(images, points, draws)
     assert megabytes() - before < 4
     assert changed.shape == (8, 3, 40, 40) and moved.shape == (8, 68, 2)
+
+
+# flips, warps and ranges
+
+
+def test_flip_twice_is_the_identity() -> None:
+    images, points = faces()
+    once = horizontal_flip(images, points, FLIP_68)
+    twice = horizontal_flip(*once, FLIP_68)
+    assert torch.equal(twice[0], images) and torch.allclose(twice[1], points, atol=1e-5)
+    assert not torch.equal(once[0], images)
+    single = horizontal_flip(images[0], points[0], FLIP_68)
+    assert torch.equal(single[0], once[0][0]) and torch.equal(single[1], once[1][0])
+    # the person's right eye is again at smaller x
+    assert (once[1][:, 36, 0] < once[1][:, 45, 0]).all()
+
+
+def test_flip_moves_pixels_and_points_together() -> None:
+    image = torch.zeros(1, 4, 5)
+    image[0, 1, 3] = 1
+    flipped, points = horizontal_flip(image, torch.tensor([[3.0, 1.0], [0.0, 0.0]]), (0, 1))
+    assert flipped[0, 1, 1] == 1 and points.tolist() == [[1.0, 1.0], [4.0, 0.0]]
+
+
+def test_still_augmentation_is_plain() -> None:
+    images, points = faces()
+    for size in (48, 24, 96):
+        changed = Augment(size, **STILL)(images, points, generator())
+        plain = Plain(size)(images, points)
+        assert torch.allclose(changed[1], plain[1], atol=1e-4)
+        if size <= 48:
+            assert torch.allclose(changed[0], plain[0], atol=1e-5)
+        assert plain[0].dtype == torch.float32 and plain[0].min() >= 0 and plain[0].max() <= 1
+    same = Plain(48)(images, points)
+    assert torch.equal(same[0], images.float() / 255) and torch.equal(same[1], points)
+
+
+def smooth_bump(size: int, x: float, y: float, radius: float) -> torch.Tensor:
+    cell = torch.arange(size, dtype=torch.float64)
+    square = (cell - x)[None] ** 2 + (cell - y)[:, None] ** 2
+    return torch.exp(-square / (2 * radius**2))
+
+
+def test_warp_moves_a_rendered_dot_to_the_mapped_point() -> None:
+    """Whole-pixel maps are exact; others keep the dot's centre of mass, which bilinear sampling does not bias, to 1e-4
+    of the side."""
+    size = 64
+    rotations = [0.0, 90.0, 180.0, 17.0, -33.0]
+    for degrees in rotations:
+        turn = math.radians(degrees)
+        matrix = torch.tensor([[math.cos(turn), -math.sin(turn)], [math.sin(turn), math.cos(turn)]])[None]
+        offset = torch.tensor([[4 / 64, -6 / 64]])
+        x, y = 36.0, 27.0
+        image = (smooth_bump(size, x, y, 5.0) * 255).round().to(torch.uint8).expand(1, 3, -1, -1)
+        moved, points = warp(image, torch.tensor([[[x, y]]], dtype=torch.float64), matrix, offset, size)
+        expected = points[0, 0].tolist()
+        assert centroid(moved[0]) == pytest.approx(expected, abs=1e-4 * size if degrees % 90 else 1e-4)
+        if degrees == 0:
+            assert expected == pytest.approx([38.0, 24.0])
+
+
+@pytest.mark.parametrize("size", [40, 64, 100])
+def test_warp_inverts_its_own_point_map_to_1e_4(size: int) -> None:
+    """Pixels that hold their own coordinates, which bilinear sampling keeps exactly, tell where each pixel came from;
+    the point map must take that place back to the pixel."""
+    cell = torch.arange(64, dtype=torch.uint8)
+    columns, rows = torch.meshgrid(cell, cell, indexing="xy")
+    image = torch.stack([columns, rows, torch.full_like(rows, 255)])[None]
+    matrix = torch.tensor([[[0.71, -0.42], [0.47, 0.83]], [[-0.9, 0.1], [0.05, 1.2]]])
+    offset = torch.tensor([[0.11, -0.07], [0.0, 0.2]])
+    moved, _ = warp(image.expand(2, -1, -1, -1), torch.zeros(2, 1, 2), matrix, offset, size)
+    came_from = (moved[:, :2] * 255).flatten(2).mT
+    _, back = warp(image.expand(2, -1, -1, -1), came_from, matrix, offset, size)
+    grid = torch.stack(torch.meshgrid(torch.arange(size), torch.arange(size), indexing="xy"), dim=-1).reshape(-1, 2)
+    inside = (moved[:, 2] > 0.99999).flatten(1)
+    assert int(inside.sum()) > size * size / 2
+    for row in range(2):
+        assert float((back[row] - grid)[inside[row]].abs().max()) < 1e-4
+
+
+@pytest.mark.parametrize("size", [32, 64, 100])
+def test_warp_to_another_size_keeps_the_convention(size: int) -> None:
+    image = dot(64, 30.0, 35.0, 5.0)[None]
+    moved, points = warp(image, torch.tensor([[[30.0, 35.0]]]), torch.eye(2)[None], torch.zeros(1, 2), size)
+    assert points[0, 0].tolist() == pytest.approx([30.5 * size / 64 - 0.5, 35.5 * size / 64 - 0.5], abs=1e-5)
+    assert centroid(moved[0]) == pytest.approx(points[0, 0].tolist(), abs=0.01)
+
+
+def test_warp_agrees_with_affine_grid() -> None:
+    images, points = faces(3)
+    matrix = torch.tensor([[[0.9, -0.3], [0.2, 1.1]], [[1, 0], [0, 1]], [[-1.0, 0.1], [0, 0.8]]])
+    offset = torch.tensor([[0.1, -0.2], [0, 0], [0.05, 0]])
+    inverse = torch.linalg.inv(matrix)
+    theta = torch.cat([inverse, -inverse @ offset[:, :, None]], dim=2)
+    grid = torch.nn.functional.affine_grid(theta, [3, 3, 40, 40], align_corners=False)
+    expected = torch.nn.functional.grid_sample(images.float() / 255, grid, align_corners=False)
+    assert torch.allclose(warp(images, points, matrix, offset, 40)[0], expected, atol=1e-4)
+
+
+def test_points_follow_the_picture_through_the_whole_augmentation() -> None:
+    """Dots at asymmetric places stay under their landmark through rotation, scale, shift and mirror images."""
+    size, count = 64, 24
+    truth = torch.tensor([[22.0, 30.0], [42.0, 34.0]])
+    images = torch.stack([dot(size, float(x), float(y), 3.0) for x, y in truth.repeat(count // 2, 1)])
+    points = truth.expand(count, 2, 2).clone()
+    changed, moved = Augment(size, **{**STILL, "rotation": 30.0, "scale": 0.2, "shift": 0.05, "flip": (1, 0)})(
+        images, points, generator(4)
+    )
+    mirrored = 0
+    for row in range(count):
+        center = torch.tensor(centroid(changed[row]), dtype=torch.float32)
+        distances = (moved[row] - center).norm(dim=-1)
+        own = row % 2
+        assert float(distances.min()) < 0.05
+        mirrored += int(distances.argmin()) != own
+    assert 4 < mirrored < 20
+
+
+def test_random_parameters_keep_to_their_ranges() -> None:
+    images = torch.zeros(400, 3, 8, 8, dtype=torch.uint8)
+    points = torch.tensor([[3.5, 3.5], [7.5, 3.5]]).expand(400, 2, 2)
+    augment = Augment(8, **{**STILL, "rotation": 20.0, "scale": 0.25, "shift": 0.1})
+    _, moved = augment(images, points, generator())
+    arm = moved[:, 1] - moved[:, 0]
+    angle = torch.atan2(arm[:, 1], arm[:, 0]).rad2deg()
+    factor = arm.norm(dim=-1) / 4
+    shift = (moved[:, 0] - 3.5) / 8
+    assert 19 < float(angle.abs().max()) <= 20.001
+    assert 0.8 - 1e-4 <= float(factor.min()) < 0.82 and 1.23 < float(factor.max()) <= 1.25 + 1e-4
+    assert 0.095 < float(shift.abs().max()) <= 0.1 + 1e-5
+
+
+def test_augmentation_repeats_with_its_generator_and_leaves_its_input() -> None:
+    images, points = faces()
+    before = images.clone(), points.clone()
+    augment = Augment(32)
+    one, two, other = (augment(images, points, generator(seed)) for seed in (1, 1, 2))
+    assert torch.equal(one[0], two[0]) and torch.equal(one[1], two[1]) and not torch.equal(one[0], other[0])
+    assert torch.equal(images, before[0]) and torch.equal(points, before[1])
+    assert one[0].shape == (6, 3, 32, 32) and one[0].dtype == torch.float32
+    assert float(one[0].min()) >= 0 and float(one[0].max()) <= 1
+    assert augment(images, points.double(), generator())[1].dtype == torch.float64
+
+
+def test_each_pixel_change_acts_alone() -> None:
+    images, points = faces(32)
+    plain = Plain(48)(images, points)[0]
+    for name in ("colour", "occlude", "blur"):
+        changed, moved = Augment(48, **{**STILL, name: 1.0})(images, points, generator())
+        assert torch.allclose(moved, points, atol=1e-4)
+        different = (changed - plain).abs().amax(dim=1) > 1e-3
+        share = different.float().mean(dim=(1, 2))
+        if name == "occlude":
+            assert float(share.min()) > 0.005 and float(share.max()) < 0.17
+        else:
+            assert float(share.min()) > 0.3
+        if name == "blur":
+            assert (changed.var(dim=(1, 2, 3)) < plain.var(dim=(1, 2, 3))).all()
+    half = Augment(48, **{**STILL, "occlude": 0.5})(images, points, generator())[0]
+    touched = int(((half - plain).abs().amax(dim=(1, 2, 3)) > 1e-3).sum())
+    assert 6 < touched < 26
+
+
+def test_outside_the_image_is_black() -> None:
+    white = torch.full((1, 3, 16, 16), 255, dtype=torch.uint8)
+    moved, _ = warp(white, torch.zeros(1, 1, 2), torch.eye(2)[None], torch.tensor([[0.5, 0.0]]), 16)
+    assert moved[0, :, :, :4].max() == 0 and moved[0, :, :, 5:].min() == 1
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda i, p: Augment(0), "Augment: size must be at least 1, got 0"),
+        (lambda i, p: Augment(8, rotation=-1.0), "Augment: rotation must not be negative, got -1.0"),
+        (lambda i, p: Augment(8, occlude=1.5), r"Augment: occlude must be a probability in \[0, 1\], got 1.5"),
+        (
+            lambda i, p: Augment(8)(i.float(), p, generator()),
+            r"images must be uint8 .*got torch.float32 \[6, 3, 48, 48\]",
+        ),
+        (
+            lambda i, p: Augment(8)(i[..., :40], p, generator()),
+            r"images must be uint8 \[B, 3, S, S\].*\[6, 3, 48, 40\]",
+        ),
+        (lambda i, p: Augment(8)(i, p[:2], generator()), r"points must be \[6, P, 2\], got \[2, 68, 2\]"),
+        (
+            lambda i, p: Augment(8)(i, p[:, :5], generator()),
+            r"Augment: the flip permutation must hold each of 0..4 once",
+        ),
+        (lambda i, p: Plain(8)(i[0], p), r"Plain: images must be uint8 \[B, 3, S, S\]"),
+        (lambda i, p: horizontal_flip(i, p, [0, 0]), "horizontal_flip: the flip permutation must hold each of 0..67"),
+    ],
+)
+def test_augmentation_errors(call: Callable[[torch.Tensor, torch.Tensor], object], message: str) -> None:
+    images, points = faces()
+    with pytest.raises(ValueError, match=message):
+        call(images, points)
