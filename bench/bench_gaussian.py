@@ -24,7 +24,7 @@ def leaves(count: int, dims: int) -> tuple[Tensor, Tensor]:
     return torch.randn(count, dims).to(DEVICE), tril.to(DEVICE)
 
 
-# ---- rivals: densities -------------------------------------------------------------------------------------------
+# rivals: densities
 
 
 def inverse(mean: Tensor, tril: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -191,7 +191,7 @@ def test_log_prob_backward(bench: Bench, samples: int, count: int, dims: int, fo
     torch._dynamo.reset()
 
 
-# ---- rivals: expectation maximisation ----------------------------------------------------------------------------
+# rivals: expectation maximisation
 
 
 def em_shared(features: Form, every: bool) -> Form:

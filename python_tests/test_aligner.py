@@ -305,7 +305,7 @@ def test_from_checkpoint_is_three_lines(tmp_path):
         Aligner(model)
 
 
-# --- export -----------------------------------------------------------------------------------------------------------
+# export
 
 
 @pytest.fixture(scope="module")
@@ -433,7 +433,7 @@ def test_files_that_are_not_exported_models(exported, tmp_path):
             load_exported(path)
 
 
-# --- the package ------------------------------------------------------------------------------------------------------
+# the package
 
 
 def test_importing_the_package_stays_light():

@@ -109,7 +109,7 @@ def complaint(capsys, *arguments, parsing=False):
     return captured.err.strip()
 
 
-# --- train ------------------------------------------------------------------------------------------------------------
+# train
 
 
 def test_train_prints_rounds_metrics_and_the_picture(tmp_path, capsys):
@@ -485,7 +485,7 @@ def test_interruption_keeps_the_last_round(tmp_path, capsys, monkeypatch):
     assert training.load(tmp_path / "checkpoint.pt").round == 1
 
 
-# --- evaluate ---------------------------------------------------------------------------------------------------------
+# evaluate
 
 
 def test_evaluate_repeats_the_numbers_of_training(run, capsys):
@@ -582,7 +582,7 @@ def test_checkpoints_that_cannot_be_used(command, run, photo, tmp_path, capsys):
     assert files(tmp_path) == ["checkpoint.pt"]
 
 
-# --- predict ----------------------------------------------------------------------------------------------------------
+# predict
 
 
 def _box(points):
@@ -774,7 +774,7 @@ def test_predict_names_a_checkpoint_that_predicts_nan(run, photo, tmp_path, caps
     assert error == f"fastforest: {broken}: the model predicts points that are not finite"
 
 
-# --- export -----------------------------------------------------------------------------------------------------------
+# export
 
 
 def test_export_writes_a_file_for_torch_export(run, tmp_path, capsys):
@@ -798,7 +798,7 @@ def test_export_complains(run, tmp_path, capsys):
     assert files(tmp_path) == []
 
 
-# --- info, recipe -----------------------------------------------------------------------------------------------------
+# info, recipe
 
 
 def test_info(capsys):

@@ -31,7 +31,7 @@ def contour(points: np.ndarray, line: tuple[int, ...], landmarks: int) -> np.nda
     return np.concatenate([*pieces, points[[line[-1]], :]])
 
 
-# --- how many points a segment has ------------------------------------------------------------------------------------
+# how many points a segment has
 
 
 @pytest.mark.parametrize("landmarks", [68, 69, 98, 971, 1000])
@@ -66,7 +66,7 @@ def test_too_few_landmarks():
         dense.DenseFaces(data.SyntheticFaces(1, 32), 10)
 
 
-# --- where they lie ---------------------------------------------------------------------------------------------------
+# where they lie
 
 
 def test_the_68_stay_and_come_first():
@@ -165,7 +165,7 @@ def test_dense_faces_read_what_their_set_reads():
         dense.DenseFaces(found, 971)[0]
 
 
-# --- tables -----------------------------------------------------------------------------------------------------------
+# tables
 
 
 @pytest.fixture
@@ -280,7 +280,7 @@ def test_tables_need_pyarrow(tmp_path, monkeypatch):
         dense.CsvFaces(tmp_path / "t.csv")
 
 
-# --- networks ---------------------------------------------------------------------------------------------------------
+# networks
 
 
 @pytest.mark.parametrize("landmarks, size, levels", [(1, 4, 1), (7, 16, 3), (971, 32, 4)])

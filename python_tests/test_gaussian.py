@@ -322,7 +322,7 @@ def test_docstrings() -> None:
     assert result.attempted >= 5 and result.failed == 0
 
 
-# ---- agreement with others ---------------------------------------------------------------------------------------
+# agreement with others
 
 
 @pytest.mark.parametrize("dims", [1, 2, 7, 20])
@@ -387,7 +387,7 @@ def test_narrow_leaves_far_from_the_origin(backend: str, dims: int) -> None:
     assert contract.error(got, expected) <= 1e-5
 
 
-# ---- expectation maximisation ------------------------------------------------------------------------------------
+# expectation maximisation
 
 
 def clusters(samples: int, count: int, dims: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:

@@ -174,7 +174,7 @@ def test_opcheck(backend: str) -> None:
         contract.check_opcheck(op("heatmap_peak").default, z.detach(), 4, 3)
 
 
-# ---- values ----------------------------------------------------------------------------------------------------
+# values
 
 
 def test_values_render(backend: str) -> None:
@@ -423,7 +423,7 @@ def test_local_score_has_no_gradient() -> None:
     assert torch.equal(points, ops.soft_argmax(z, 10.0, window=2))
 
 
-# ---- other libraries -------------------------------------------------------------------------------------------
+# other libraries
 
 
 def test_values_kornia() -> None:
@@ -451,7 +451,7 @@ def test_values_dsntnn() -> None:
     torch.testing.assert_close(ops.render_gaussian(at, 1.5, (9, 14), normalize="sum"), drawn, rtol=1e-6, atol=1e-6)
 
 
-# ---- layouts and sizes -----------------------------------------------------------------------------------------
+# layouts and sizes
 
 
 def test_values_many_landmarks() -> None:

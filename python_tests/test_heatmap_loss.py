@@ -232,7 +232,7 @@ def test_opcheck(backend: str) -> None:
             contract.check_opcheck(op("heatmap_loss_softmax").default, *args)
 
 
-# ---- values ----------------------------------------------------------------------------------------------------
+# values
 
 
 @losses
@@ -485,7 +485,7 @@ def test_memory(operator: Operator, layout: str) -> None:
     assert 0.9 < float(done.stdout) < 1.15
 
 
-# ---- other libraries, where they mean the same -------------------------------------------------------------------
+# other libraries, where they mean the same
 
 
 def library(name: str) -> Any:
@@ -552,7 +552,7 @@ def test_dsntnn() -> None:
     )
 
 
-# ---- errors ----------------------------------------------------------------------------------------------------
+# errors
 
 Z, AT, W = torch.zeros(2, 3, 4, 5), torch.zeros(2, 3, 2), torch.ones(2, 3)
 ERRORS = [

@@ -32,7 +32,7 @@ def write(folder, name="set.mat", **variables):
     return path
 
 
-# --- reading ----------------------------------------------------------------------------------------------------------
+# reading
 
 
 def test_a_matlab_file_is_read_and_normalised(tmp_path):
@@ -117,7 +117,7 @@ def test_the_real_sets_are_distributions():
         assert found.labels.min() >= 0 and found.features.isfinite().all()
 
 
-# --- measures ---------------------------------------------------------------------------------------------------------
+# measures
 
 
 def test_the_six_measures_by_hand():
@@ -183,7 +183,7 @@ def test_calibration_recovers_k_and_b():
         measures.calibrate_linear(torch.ones(3), torch.ones(3))
 
 
-# --- the recipe -------------------------------------------------------------------------------------------------------
+# the recipe
 
 
 def test_features_are_prepared_by_the_training_rows_alone():

@@ -25,7 +25,7 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-# --- faces ------------------------------------------------------------------------------------------------------------
+# faces
 
 
 def test_a_drawn_score_is_a_function_of_seed_and_index():
@@ -107,7 +107,7 @@ def test_too_few_scores(folder, capsys):
     assert "has 2 faces with scores, needs at least 20" in capsys.readouterr().err
 
 
-# --- pieces -----------------------------------------------------------------------------------------------------------
+# pieces
 
 
 def test_the_schedule_starts_and_ends_at_its_minimum():
@@ -146,7 +146,7 @@ def test_every_head_learns_from_its_features(name):
     assert (quantiles is None) == name.startswith("regression")
 
 
-# --- the recipe -------------------------------------------------------------------------------------------------------
+# the recipe
 
 
 def test_a_run_writes_what_it_promises(tmp_path, monkeypatch, capsys):

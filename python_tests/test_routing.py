@@ -139,7 +139,7 @@ def test_opcheck(backend: str) -> None:
         contract.check_opcheck(op("routing_route").default, units, phi.int(), None, 2.0, True)
 
 
-# ---- values ----------------------------------------------------------------------------------------------------
+# values
 
 
 @pytest.mark.parametrize("log", [False, True], ids=["linear", "log"])

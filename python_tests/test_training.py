@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastforest import draw, models, training
+from fastforest import models, training
 from fastforest.data import Cached, SyntheticFaces
 from fastforest.training import TrainConfig, TrainingError, pictures, report, schedules
 from fastforest.training.checkpoint import CheckpointError, write_atomically
@@ -71,7 +71,7 @@ def stop_after(rounds):
     return on_round
 
 
-# --- the loop ---------------------------------------------------------------------------------------------------------
+# the loop
 
 
 FEATURES = {
@@ -417,7 +417,7 @@ def test_scaled_loss_that_never_fits_ends_the_run(faces):
         training.fit(model, *faces, settings(rounds=1, steps=20, amp="fp16"), None)
 
 
-# --- memory -----------------------------------------------------------------------------------------------------------
+# memory
 
 
 OUT_OF_MEMORY = [
@@ -511,7 +511,7 @@ def test_other_errors_are_not_taken_for_memory(faces):
         training.fit(greedy(faces, 0, RuntimeError("shapes differ")), *faces, settings(), None)
 
 
-# --- configuration ----------------------------------------------------------------------------------------------------
+# configuration
 
 
 @pytest.mark.parametrize(
@@ -549,7 +549,7 @@ def test_sets_that_do_not_fit(faces):
         training.fit(tiny("dense", faces), faces[0], Cached(SyntheticFaces(2, 16), 16), settings(), None)
 
 
-# --- schedules --------------------------------------------------------------------------------------------------------
+# schedules
 
 
 def test_schedules_meet_their_ends_and_refuse_the_rest():
@@ -575,7 +575,7 @@ def test_schedules_meet_their_ends_and_refuse_the_rest():
             call()
 
 
-# --- files ------------------------------------------------------------------------------------------------------------
+# files
 
 
 @pytest.fixture(scope="module")
@@ -710,7 +710,7 @@ def test_checkpoint_of_another_shape(run):
         dataclasses.replace(saved, model="oak").build(run)
 
 
-# --- reports and pictures ---------------------------------------------------------------------------------------------
+# reports and pictures
 
 
 class Terminal(io.StringIO):
@@ -762,65 +762,3 @@ def test_inside_are_the_leaves_that_a_landmark_selects(faces):
 def test_metrics_file_has_no_nan(tmp_path):
     report.write_metrics(tmp_path / "m.jsonl", [{"round": 1, "loss": float("nan")}])
     assert json.loads((tmp_path / "m.jsonl").read_text()) == {"round": 1, "loss": None}
-
-
-def test_annotate_draws_on_the_points_and_nowhere_else():
-    image = np.full((600, 640, 3), 90, np.uint8)
-    points = np.array([[100.0, 50.0], [400.0, 300.0]])
-    drawn = draw.annotate(image, points)
-    assert drawn.shape == image.shape and (image == 90).all()
-    changed = (drawn != image).any(axis=2)
-    rows, columns = np.nonzero(changed)
-    near = np.minimum(*(np.hypot(columns - x, rows - y) for x, y in points))
-    assert near.max() < 6
-    for x, y in points:
-        close = np.hypot(columns - x, rows - y) < 6
-        assert columns[close].mean() == pytest.approx(x, abs=0.3) and rows[close].mean() == pytest.approx(y, abs=0.3)
-
-
-def test_ellipses_lie_along_the_covariance():
-    image = np.zeros((600, 600, 3), np.uint8)
-    covariance = 900 * np.array([[[1.0, 0.8], [0.8, 1.0]]])
-    drawn = draw.annotate(image, np.array([[300.0, 300.0]]), covariance=covariance)
-    rows, columns = np.nonzero(drawn.any(axis=2))
-    assert np.corrcoef(rows, columns)[0, 1] > 0.5
-    # two standard deviations along x: 60 pixels
-    assert columns.max() - 300 == pytest.approx(60, abs=3)
-
-
-def test_small_images_are_enlarged_and_odd_numbers_of_points_drawn():
-    assert draw.annotate(np.zeros((20, 30, 3), np.uint8), torch.full((5, 2), 8.0)).shape == (360, 540, 3)
-    images = torch.zeros(7, 3, 16, 16, dtype=torch.uint8)
-    sheet = draw.contact_sheet(images, torch.rand(7, 68, 2) * 40 - 10, torch.rand(7, 68, 2) * 16, tile=64)
-    assert sheet.shape == (4 + 2 * 68, 4 + 6 * 68, 3)
-
-
-def test_figures_have_their_documented_shapes():
-    rounds = [{"seconds": 60.0 * i, "loss": 2.0 / i, "NME[box]": 0.3 / i} for i in range(1, 4)]
-    assert draw.curves_figure({"forest": rounds, "dense": rounds[:1]}, "box").shape == (440, 1000, 3)
-    assert draw.ced_figure({"forest": torch.rand(9) / 9}, "box").shape == (480, 640, 3)
-
-
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda: draw.annotate(np.zeros((4, 4), np.uint8), np.zeros((1, 2))), "annotate: image must be uint8"),
-        (lambda: draw.annotate(np.zeros((4, 4, 3), np.uint8), np.zeros(2)), r"annotate: points must be \[P, 2\]"),
-        (
-            lambda: draw.annotate(np.zeros((4, 4, 3), np.uint8), np.zeros((2, 2)), covariance=np.zeros((1, 2, 2))),
-            r"annotate: covariance must be \[2, 2, 2\], got \[1, 2, 2\]",
-        ),
-        (lambda: draw.contact_sheet(torch.zeros(1, 3, 4, 4), torch.zeros(1, 2, 2)), "contact_sheet: images must be"),
-        (
-            lambda: draw.contact_sheet(torch.zeros(1, 3, 4, 4, dtype=torch.uint8), torch.zeros(2, 2, 2)),
-            r"contact_sheet: points must be \[1, P, 2\]",
-        ),
-        (
-            lambda: draw.contact_sheet(torch.zeros(1, 3, 4, 4, dtype=torch.uint8), torch.zeros(1, 2, 2), captions=[]),
-            "captions must hold 1 words, got 0",
-        ),
-    ],
-)
-def test_drawing_errors(call, message):
-    with pytest.raises(ValueError, match=message):
-        call()

@@ -175,7 +175,7 @@ class Run:
         self.model.eval()
         return self.history
 
-    # --- where the run stands -----------------------------------------------------------------------------------------
+    # where the run stands
 
     def seconds(self) -> float:
         return self.seconds_before + time.monotonic() - self.started
@@ -214,7 +214,7 @@ class Run:
             factor = learning_rate_factor(config.schedule, progress, milestones=config.milestones, drop=config.drop)
         return config.rate * factor * min(1.0, (self.step + 1) / (config.warmup + 1))
 
-    # --- a round ------------------------------------------------------------------------------------------------------
+    # a round
 
     def round(self) -> None:
         number = len(self.history.rounds) + 1
