@@ -187,6 +187,33 @@ def test_contract_rows_apart(operator: Operator, case: Case, backend: str) -> No
                 assert torch.equal(a[1:], b[1:]), value
 
 
+@pytest.mark.parametrize("value", [1.0, 1e25, math.inf, math.nan], ids=str)
+@pytest.mark.parametrize("scale", [1e-20, 1e-39], ids=str)
+@pytest.mark.parametrize("dims", [2, 4, 6, 20, 35])
+def test_contract_a_pair_without_gradient_adds_nothing(backend: str, dims: int, scale: float, value: float) -> None:
+    """Whatever it holds: z, W^T z or W itself leave float32 here, and 0 times infinity would be NaN."""
+    g = torch.Generator().manual_seed(dims)
+    given = {k: v.float() for k, v in log_prob_inputs(9, 3, dims)(g).items()}
+    given["x"][0, -1] = value
+    given["scale_tril"][1] = scale * torch.eye(dims)
+    upstream = torch.randn(9, 3, generator=g)
+    upstream[0] = 0
+    upstream[:, 1] = 0
+
+    def gradients(device: str, x: Tensor, mean: Tensor, scale_tril: Tensor, grad: Tensor) -> list[Tensor]:
+        inputs = [t.to(device).requires_grad_() for t in (x, mean, scale_tril)]
+        return [t.cpu() for t in torch.autograd.grad(ops.gaussian_log_prob(*inputs), inputs, grad.to(device))]
+
+    with contract.on(backend) as device:
+        got = gradients(device, *given.values(), upstream)
+        rest = gradients(
+            device, given["x"][1:], given["mean"][::2], given["scale_tril"][::2].clone(), upstream[1:, ::2]
+        )
+    assert all(t.eq(0).all() for t in (got[0][0], got[1][1], got[2][1]))
+    for a, b in zip((got[0][1:], got[1][::2], got[2][::2]), rest, strict=True):
+        assert contract.error(a, b) <= 1e-6
+
+
 @chosen
 def test_contract_empty(operator: Operator, case: Case, backend: str) -> None:
     with contract.on(backend) as device:

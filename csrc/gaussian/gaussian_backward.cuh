@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(kThreads) small_grad_x_kernel(const GradXParam
         T z[Chunk::kOwn];
         whiten_row<P>(row, i, d, z);
 #pragma unroll
-        for (int o = 0; o < Chunk::kOwn; ++o) z[o] *= g[o];
+        for (int o = 0; o < Chunk::kOwn; ++o) z[o] = g[o] * gaussian_used(g[o], z[o]);
 #pragma unroll
         for (int q = 0; q < P / kSize; ++q) {
           if (q * kSize > i) continue;
@@ -95,6 +95,10 @@ __global__ void __launch_bounds__(kThreads, Tile<T>::kBlocks) wide_grad_x_kernel
   T* out = a.out + (int64_t(blockIdx.y) * a.size.samples + begin + column) * dims;
   for (int64_t leaf = first; leaf < end; ++leaf) {
     // 1. z
+    T g[Shape::kSize];
+#pragma unroll
+    for (int c = 0; c < Shape::kSize; ++c)
+      g[c] = begin + column + c < a.size.samples ? -a.grad[(begin + column + c) * a.size.leaves + leaf] : T(0);
     for (int row0 = 0; row0 < dims; row0 += kTileRows) {
       typename Shape::Sums sums;
       whiten_tile(a.size, a.leaves, leaf, a.x, begin, row0, left, right, sums);
@@ -103,16 +107,12 @@ __global__ void __launch_bounds__(kThreads, Tile<T>::kBlocks) wide_grad_x_kernel
         if (row0 + row + r >= dims) continue;
         Pack<T> values;
 #pragma unroll
-        for (int c = 0; c < Shape::kSize; ++c) values.v[c] = sums[r][c];
+        for (int c = 0; c < Shape::kSize; ++c) values.v[c] = gaussian_used(g[c], sums[r][c]);
         *reinterpret_cast<Pack<T>*>(z + (row0 + row + r) * Shape::kColumnStride + column) = values;
       }
     }
 
     // 2. W^T z, times g
-    T g[Shape::kSize];
-#pragma unroll
-    for (int c = 0; c < Shape::kSize; ++c)
-      g[c] = begin + column + c < a.size.samples ? -a.grad[(begin + column + c) * a.size.leaves + leaf] : T(0);
     const T* w = a.leaves.whiten + leaf * dims * dims;
     for (int row0 = 0; row0 < dims; row0 += kTileRows) {
       typename Shape::Sums sums;

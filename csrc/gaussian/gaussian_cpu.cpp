@@ -20,10 +20,11 @@ namespace {
 FF_INLINE int64_t forward_block(int i0) { return int64_t(i0) / 2 * (i0 / 4 + 1) * 4; }
 FF_INLINE int64_t backward_block(int j0, int dims) { return int64_t(j0) * dims - int64_t(j0) / 2 * (j0 - 4); }
 
-// z_i = sum_{j <= i} W_ij d_j, d = x - m, for rows i0..i0+R-1 and a strip of samples; x [D][kPanel]. d [D][kStrip]
-// holds the rows before, and these rows after.
-template <class T, int R>
-FF_INLINE void whitened_rows(const T* w, const T* x, const T* mean, T* d, int i0, Vector<T> (&z)[R][kVectors]) {
+// z_i = sum_{j <= i} W_ij d_j, d = used(vector, x - m), for rows i0..i0+R-1 and a strip of samples; x [D][kPanel].
+// d [D][kStrip] holds the rows before, and these rows after.
+template <class T, int R, class Used>
+FF_INLINE void whitened_rows(const T* w, const T* x, const T* mean, T* d, int i0, Vector<T> (&z)[R][kVectors],
+                             const Used& used) {
   for (auto& row : z)
     for (auto& v : row) v = Vector<T>{};
   for (int j = 0; j < i0; ++j, w += R, d += kStrip<T>) {
@@ -42,7 +43,7 @@ FF_INLINE void whitened_rows(const T* w, const T* x, const T* mean, T* d, int i0
     Vector<T> at[kVectors];
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
-      at[v] = load(x + c * kPanel + v * kLanes<T>) - mean[c];
+      at[v] = used(v, load(x + c * kPanel + v * kLanes<T>) - mean[c]);
       store(d + v * kLanes<T>, at[v]);
     }
 #pragma GCC unroll 4
@@ -149,7 +150,9 @@ void whiten(const GaussianSize& s, const GaussianLeaves<T>& leaves, bool gradien
     double of_w = 0, of_l = 0;
     for (int i = 0; i < D; ++i)
       for (int j = 0; j <= i; ++j) {
-        of_w += inverse[int64_t(i) * width + j] * inverse[int64_t(i) * width + j];
+        double& w = inverse[int64_t(i) * width + j];
+        w = gaussian_finite<T>(w);
+        of_w += w * w;
         of_l += double(tril[i * D + j]) * tril[i * D + j];
       }
     const bool careful = sizeof(T) == 4 && D <= kCarefulDims && !(of_w * of_l < kWellConditioned * D * D);
@@ -245,7 +248,8 @@ void log_prob(const GaussianLogProbParams<T>& p, int64_t begin, int64_t end) {
         Vector<T> squares[kVectors] = {};
         each_block(D, [&](auto rows, int i0) __attribute__((always_inline)) {
           Vector<T> z[rows.value][kVectors];
-          whitened_rows<T, rows.value>(w + forward_block(i0), panel + strip, mean, d, i0, z);
+          whitened_rows<T, rows.value>(w + forward_block(i0), panel + strip, mean, d, i0, z,
+                                       [](int, Vector<T> at) __attribute__((always_inline)) { return at; });
 #pragma GCC unroll 4
           for (int r = 0; r < rows.value; ++r)
 #pragma GCC unroll 4
@@ -432,10 +436,14 @@ void backward(const GaussianBackwardParams<T>& p, int64_t begin, int64_t end) {
         // 1. z of the chunk, and grad_x while it is in L1
         for (int n = 0; n < padded; n += kStrip<T>) {
           const int64_t panel = int64_t(n / kPanel) * kPanel * D + n % kPanel;
+          Vector<T> g[kVectors];
+#pragma GCC unroll 4
+          for (int v = 0; v < kVectors; ++v) g[v] = load(grad + n + v * L);
+          const auto used = [&](int v, Vector<T> at) __attribute__((always_inline)) { return gaussian_used(g[v], at); };
           each_block(D, [&](auto block, int i0) __attribute__((always_inline)) {
             Vector<T> zs[block.value][kVectors];
-            whitened_rows<T, block.value>(forward + forward_block(i0), panels + panel, p.leaves.mean + k * D, d, i0,
-                                          zs);
+            whitened_rows<T, block.value>(forward + forward_block(i0), panels + panel, p.leaves.mean + k * D, d, i0, zs,
+                                          used);
 #pragma GCC unroll 4
             for (int r = 0; r < block.value; ++r)
 #pragma GCC unroll 4

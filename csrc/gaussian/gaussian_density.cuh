@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(kMostDims) whiten_kernel(const GaussianSize s,
   T* out = leaves.whiten + (leaf * dims + row) * dims + begin;
 #pragma unroll
   for (int c = 0; c < kPivotColumns; ++c)
-    if (begin + c < dims) out[c] = begin + c <= row ? T(value[c]) : T(0);
+    if (begin + c < dims) out[c] = begin + c <= row ? T(gaussian_finite<T>(value[c])) : T(0);
 }
 
 template <class T>

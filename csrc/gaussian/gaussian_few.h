@@ -129,6 +129,7 @@ FF_INLINE void few_dims_backward(const GaussianBackwardParams<T>& p, int64_t k, 
       int pair = 0;
 #pragma GCC unroll 4
       for (int i = 0; i < D; ++i) {
+        z[i] = gaussian_used(g, z[i]);
         const Vector<T> u = g * z[i];
 #pragma GCC unroll 4
         for (int j = 0; j <= i; ++j) {

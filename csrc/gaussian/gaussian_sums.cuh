@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(kThreads) small_sums_kernel(const SumsParams<T
         if (i >= dims) continue;
         T z[1];
         whiten_row<P>(w + i * P, i, d, z);
-        mine[i] = z[0];
+        mine[i] = gaussian_used(weight[threadIdx.x], z[0]);
       }
       __syncthreads();
     }
@@ -191,7 +191,8 @@ __global__ void __launch_bounds__(kThreads, Tile<T>::kBlocks) wide_sums_kernel(c
           for (int q = 0; q < kMicroRows / Shape::kSize; ++q) {
             Pack<T> values;
 #pragma unroll
-            for (int e = 0; e < Shape::kSize; ++e) values.v[e] = z[q * Shape::kSize + e][c];
+            for (int e = 0; e < Shape::kSize; ++e)
+              values.v[e] = gaussian_used(weight[column + c], z[q * Shape::kSize + e][c]);
             *reinterpret_cast<Pack<T>*>(v + (column + c) * stride + row0 + row + q * Shape::kSize) = values;
           }
       }

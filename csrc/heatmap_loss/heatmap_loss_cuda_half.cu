@@ -1,5 +1,6 @@
 // CUDA kernels of the heatmap losses for the 16-bit types.
-#include "heatmap_loss/heatmap_loss_kernels.cuh"
+#include "heatmap_loss/heatmap_loss_pixel.cuh"
+#include "heatmap_loss/heatmap_loss_softmax.cuh"
 
 namespace ff {
 namespace {

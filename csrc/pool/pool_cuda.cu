@@ -1,5 +1,8 @@
 // CUDA kernels of the pool room for float. The number is the most leaves of a staged kernel.
-#include "pool/pool_kernels.cuh"
+#include "pool/pool_keys.cuh"
+#include "pool/pool_loss.cuh"
+#include "pool/pool_peak.cuh"
+#include "pool/pool_scatter.cuh"
 
 namespace ff {
 namespace {

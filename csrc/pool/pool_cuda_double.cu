@@ -1,5 +1,8 @@
 // CUDA kernels of the pool room for double. Streamed kernels alone.
-#include "pool/pool_kernels.cuh"
+#include "pool/pool_keys.cuh"
+#include "pool/pool_loss.cuh"
+#include "pool/pool_peak.cuh"
+#include "pool/pool_scatter.cuh"
 
 namespace ff {
 namespace {

@@ -6,9 +6,10 @@ covariance L L^T. D from 1 to 256. log_weight [N, K] are logarithms of what each
 
 Everywhere: float32 or float64 inside (bfloat16 and float16 are computed in float32). Differences from the mean are taken
 before they are whitened, so that a narrow leaf far from the origin loses nothing; nothing of size N K D is stored. A
-leaf whose diagonal is not positive has densities NaN. Deterministic, bit by bit, for any number of threads; nothing
-waits for the GPU but `GaussianStatistics.fit`; CUDA graphs can capture the rest. `torch.vmap` works; forward mode and second
-derivatives do not.
+leaf whose diagonal is not positive has densities NaN. A density whose upstream gradient is 0 adds nothing to the
+gradients, even if its sample is NaN or its leaf so narrow that float32 overflows. Deterministic, bit by bit, for any number
+of threads; nothing waits for the GPU but `GaussianStatistics.fit`; CUDA graphs can capture the rest. `torch.vmap` works;
+forward mode and second derivatives do not.
 """
 
 from __future__ import annotations
