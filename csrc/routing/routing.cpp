@@ -29,6 +29,12 @@ const RoutingCpu<T>& cpu() {
   return baseline::routing_cpu<T>();
 #endif
 }
+// Groups of samples, a few in a row: what a group asks the memory for is its thread's next.
+template <class F>
+void each_chunk(int64_t samples, int lanes, const F& f) {
+  const int64_t groups = (samples + lanes - 1) / lanes;
+  parallel_chunks(groups, std::clamp<int64_t>(groups / (8 * torch::stable::get_num_threads()), 1, 8), f);
+}
 template <class T>
 const int32_t* checked_phi(const char* op, const Tensor& phi, int64_t features, std::vector<int32_t>& out) {
   const T* from = static_cast<const T*>(phi.const_data_ptr());
@@ -118,8 +124,7 @@ Tensor route(const Tensor& units_in, const Tensor& phi_in, const OptionalTensor&
 #endif
 #ifndef FF_HOST_SHIM
     const RoutingCpu<T>& table = cpu<T>();
-    parallel_chunks((in.samples + table.lanes - 1) / table.lanes, 1,
-                    [&](int64_t begin, int64_t end) { table.route(p, begin, end); });
+    each_chunk(in.samples, table.lanes, [&](int64_t begin, int64_t end) { table.route(p, begin, end); });
 #endif
   });
   return leaf;
@@ -165,8 +170,7 @@ Tensor route_backward(const Tensor& grad_in, const Tensor& units_in, const Tenso
 #endif
 #ifndef FF_HOST_SHIM
     const RoutingCpu<T>& table = cpu<T>();
-    parallel_chunks((in.samples + table.lanes - 1) / table.lanes, 1,
-                    [&](int64_t begin, int64_t end) { table.route_backward(b, begin, end); });
+    each_chunk(in.samples, table.lanes, [&](int64_t begin, int64_t end) { table.route_backward(b, begin, end); });
 #endif
   });
   return grad_units;

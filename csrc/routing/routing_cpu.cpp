@@ -56,15 +56,15 @@ FF_INLINE void write_square(const Rows<T>& rows, int64_t at, int width, Vector<T
   }
 }
 
-// The rows' lines `kAhead` squares on, in the order of the walk, are made ready to be written: the hardware does not
-// foresee 16 rows at once.
+// The rows' lines `kAhead` squares on, in the order of the walk, are asked for, to be written unless T is const: the
+// hardware does not foresee 16 rows at once.
 template <class T>
 FF_INLINE void fetch_ahead(const Rows<T>& rows, int64_t at, int64_t width) {
-  constexpr int kAhead = 8;
-  int64_t to = at + kAhead * kLanes<T>;
-  if (to >= width) to += (kLanes<T> - 1) * width;
+  constexpr int kAhead = 8, W = kLanes<std::remove_const_t<T>>;
+  int64_t to = at + kAhead * W;
+  if (to >= width) to += (W - 1) * width;
 #pragma GCC unroll 16
-  for (int i = 0; i < kLanes<T>; ++i) __builtin_prefetch(rows.row[i] + to, 1);
+  for (int i = 0; i < W; ++i) __builtin_prefetch(rows.row[i] + to, !std::is_const_v<T>);
 }
 
 FF_INLINE FloatVector log1p_unit(FloatVector e) {  // of [0, 1]: 2 artanh(e / (2 + e)), to 1 ulp
@@ -123,6 +123,7 @@ class Units {
   FF_INLINE void read(const RouteParams<T>& p, T steepness, int64_t first) {
     const Rows<const T> rows(p.units, p.features, p.samples, first);
     for (int64_t f = 0; f < p.features; f += kLanes<T>) {
+      fetch_ahead<const T>(rows, f, p.features);
       Vector<T> x[kLanes<T>];
       read_square<T>(rows, f, int(p.features - f < kLanes<T> ? p.features - f : kLanes<T>), x);
       for (int i = 0; i < kLanes<T>; ++i) {
@@ -137,6 +138,7 @@ class Units {
     const int64_t features = b.forward.features;
     const Rows<T> rows(b.grad_units, features, b.forward.samples, first);
     for (int64_t f = 0; f < features; f += kLanes<T>) {
+      fetch_ahead<T>(rows, f, features);
       Vector<T> g[kLanes<T>];
       for (int i = 0; i < kLanes<T>; ++i) g[i] = load(sum_ + (f + i) * kLanes<T>) * steepness;
       write_square<T>(rows, f, int(features - f < kLanes<T> ? features - f : kLanes<T>), g);
@@ -319,6 +321,7 @@ void backward_groups(const RouteBackwardParams<T>& b, int64_t begin, int64_t end
         Vector<T> pending[kMaxDepth];  // values of left children that wait for their sibling, by their parent's level
         for (int64_t r = 0; r < int64_t(1) << top; ++r) {
           if (!kLog) path.go(units, phi, r);
+          fetch_ahead<const T>(rows, t * leaves + r * W, p.trees * leaves);
           Vector<T> v[W];
           read_square<T>(rows, t * leaves + r * W, W, v);
           Vector<T> value = value_of<T, kLog, kTail<T>>(units, phi, top, r, path.reach[top], v);
