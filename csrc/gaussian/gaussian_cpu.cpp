@@ -348,6 +348,17 @@ FF_INLINE void load_group(const T* values, int64_t K, int64_t first_leaf, int64_
     }
 }
 
+// Asks for what `load_group` will read after leaf k, the next group's or the next chunk's, a part with every leaf:
+// short pieces of far rows, which the hardware does not foresee.
+template <class T>
+FF_INLINE void fetch_group(const T* values, int64_t K, const Task& task, int64_t k, int64_t first_sample) {
+  constexpr int kPart = kChunk / kLeafGroup;
+  int64_t leaf = (k / kLeafGroup + 1) * kLeafGroup;
+  if (leaf >= task.last_group * kLeafGroup || leaf >= K) leaf = task.first_group * kLeafGroup, first_sample += kChunk;
+  const T* from = values + (first_sample + k % kLeafGroup * kPart) * K + leaf;
+  for (int n = 0; n < kPart; ++n) __builtin_prefetch(from + n * K, 0, 2);
+}
+
 // Sums over samples of kRows x kColumns products: out[i][j] += sum_n a_i b_j; a, b [.][kRow], out rows of `width`.
 template <class T>
 FF_INLINE void product_tile(const T* a, const T* b, int samples, T* out, int64_t width) {
@@ -429,6 +440,7 @@ void backward(const GaussianBackwardParams<T>& p, int64_t begin, int64_t end) {
       if (grad_x) std::fill(grad_x, grad_x + int64_t(padded) * D, T(0));
       for (int64_t k = first; k < last; ++k) {
         if (k % kLeafGroup == 0) load_group<T>(p.grad, s.leaves, k, first_sample, samples, grads);
+        fetch_group(p.grad, s.leaves, task, k, first_sample);
         const T* grad = grads + k % kLeafGroup * kRow;
         const T* forward = p.leaves.whiten + k * gaussian_whiten_size(D, true);
         const T* back = forward + gaussian_block_size(D);
@@ -575,6 +587,7 @@ void statistics(const GaussianStatisticsParams<T>& p, int64_t begin, int64_t end
       const T* panels = p.x + first_sample * D;
       for (int64_t k = first; k < last; ++k) {
         if (k % kLeafGroup == 0) load_group<T>(p.posterior, s.leaves, k, first_sample, samples, roots);
+        fetch_group(p.posterior, s.leaves, task, k, first_sample);
         const T *all = roots + k % kLeafGroup * kRow, *mean = p.leaves.mean + k * D;
         // 1. which vectors take part, and their roots
         const T* from[kChunk / L];

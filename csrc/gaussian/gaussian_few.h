@@ -69,6 +69,8 @@ FF_INLINE FloatVector careful_density(const FewLeaves<float, D>& leaves, const f
   return flag > 0.f ? load(result) : plain;
 }
 
+constexpr int kAhead = 16;  // samples on, whose lines are asked for: parts of rows are not foreseen by the hardware
+
 // Samples [begin, end). A leaf is loaded once for some of them.
 template <class T, int D, bool kCareful>
 void few_dims(const GaussianLogProbParams<T>& p, int64_t begin, int64_t end) {
@@ -80,6 +82,7 @@ void few_dims(const GaussianLogProbParams<T>& p, int64_t begin, int64_t end) {
     for (int64_t k = 0; k < K; k += L) {
       const auto leaves = FewLeaves<T, D>::of(p.leaves, k);
       for (int i = 0; i < samples; ++i) {
+        __builtin_prefetch(out + (i + kAhead) * K + k, 1);
         Vector<T> density = leaves.density(x + i * D);
         if constexpr (kCareful) density = careful_density<D>(leaves, x + i * D, density);
         if (K - k >= L)
@@ -123,6 +126,7 @@ FF_INLINE void few_dims_backward(const GaussianBackwardParams<T>& p, int64_t k, 
 #pragma GCC unroll 2
     for (int s = 0; s < kSome; ++s) {
       const auto leaves = FewLeaves<T, D>::of(p.leaves, k + s * L);
+      __builtin_prefetch(grad + kAhead * K + s * L);
       const Vector<T> g = s < kSome - 1 || columns == L ? load(grad + s * L) : load_partial(grad + s * L, columns);
       Vector<T> z[D];
       leaves.whitened(x, z);
