@@ -266,12 +266,13 @@ void mix(const CategoricalMixture<T>& m, const Tile& t, int64_t n0, int64_t samp
   if (t.tail) dots<T>(weight, row, m.count, s.packed_tail.data(), s.padded, samples, slopes + W, S);
 }
 
-// Asks for the weights of a sample one block ahead: the rows of other trees lie between, out of the prefetcher's sight.
+// Asks for the row of a sample and tree, to be written unless T is const: the rows of other trees lie between, out of
+// the prefetcher's sight.
 template <class T>
-FF_INLINE void ask(const CategoricalMixture<T>& m, const Tile& t, int64_t n) {
+FF_INLINE void ask(T* rows, const CategoricalMixture<std::remove_const_t<T>>& m, const Tile& t, int64_t n) {
   if (n >= m.samples) return;
-  const T* next = m.weight + (n * m.trees + t.tree) * m.count;
-  for (int64_t l = 0; l < m.count; l += 64 / int(sizeof(T))) __builtin_prefetch(next + l);
+  T* next = rows + (n * m.trees + t.tree) * m.count;
+  for (int64_t l = 0; l < m.count; l += 64 / int(sizeof(T))) __builtin_prefetch(next + l, !std::is_const_v<T>);
 }
 
 // Calls f(v, lanes) for the vectors of a tile: all but the last are whole.
@@ -344,7 +345,8 @@ void rows_tile(const CategoricalRowsParams<T>& a, const Tile& t, int64_t begin, 
       const Vector<T> factor = broadcast<T>(a.sign * m.scale);
       const T eps = m.eps, threshold = a.numerator.threshold;
       for (int64_t n = 0; n < samples; ++n) {
-        ask(m, t, n0 + n + kCategoricalBlock);
+        ask(m.weight, m, t, n0 + n + kCategoricalBlock);
+        if (a.grad_weight) ask(a.grad_weight, m, t, n0 + n);
         const T* y = a.numerator.data + (n0 + n) * a.numerator.sample + tree * a.numerator.tree + first;
         Vector<T> loss{};
         each_vector<T, V>(t, [&](int v, int lanes) {
@@ -444,7 +446,7 @@ void leaves_tile(const CategoricalLeavesParams<T>& a, const Tile& t, int64_t beg
     with_kind(a.numerator.kind, [&](auto kind) {
       for (int64_t n = 0; n < samples; ++n) {
         const T* y = a.numerator.data + (n0 + n) * a.numerator.sample + t.tree * a.numerator.tree + t.first;
-        ask(m, t, n0 + n + kCategoricalBlock);
+        ask(m.weight, m, t, n0 + n + kCategoricalBlock);
         const Vector<T> factor = broadcast<T>(a.factor ? a.factor[(n0 + n) * m.trees + t.tree] : T(1));
         each_vector<T, V>(t, [&](int v, int lanes) {
           T* at = slopes + n * S + v * L;
