@@ -119,7 +119,11 @@ QUESTIONS: dict[str, tuple[Row, ...]] = {
         Row("from scratch", "heatmap_forest"),
         Row("a third of the time on heatmaps", "heatmap_forest", {"pretrain": True}, {"pretrain": 1 / 3}),
     ),
-    "How wide should the targets be?": tuple(_pool(f"sigma {s:g}", leaves=256, sigma=s) for s in (0.75, 1.5, 3.0)),
+    "How wide should the targets be?": (
+        _pool("sigma 0.75", leaves=256, sigma=0.75),
+        _pool("sigma 1.5", leaves=256),
+        _pool("sigma 3", leaves=256, sigma=3.0),
+    ),
 }
 """The questions that the library grew from. Rows of one question differ in what it asks, but for those for reference and
 those that set a pool, which trains its mixture, against forests, whose trees are trained each by itself."""
