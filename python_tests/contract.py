@@ -8,6 +8,7 @@ nothing is retried, and no tolerance is wider than the tables below without a se
 from __future__ import annotations
 
 import copy
+import ctypes
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -89,6 +90,25 @@ def with_gradients(
     return tuple(o.detach() for o in out), dict(zip(case.differentiable, grads, strict=True))
 
 
+def soil_memory() -> None:
+    """Leaves NaN in what the allocator hands out next: what a kernel reads before it writes it then shows."""
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = (
+        ctypes.c_void_p,
+        [ctypes.c_size_t],
+        [ctypes.c_void_p],
+    )
+    # Small ones come from lists by size; larger ones are cut from this stretch, which the last block keeps in the heap.
+    blocks = [libc.malloc(size) for size in range(24, 1100, 16) for _ in range(8)]
+    sizes = [size for size in range(24, 1100, 16) for _ in range(8)] + [1 << 14] * 256
+    blocks += [libc.malloc(1 << 14) for _ in range(256)]
+    libc.malloc(24)
+    for block, size in zip(blocks, sizes, strict=True):
+        ctypes.memset(block, 0xFF, size)
+    for block in blocks:
+        libc.free(block)
+
+
 def error(got: Tensor, expected: Tensor, least: float = 0.0) -> float:
     """Largest difference over the largest magnitude of ``expected`` (or ``least``); inf unless NaNs stand alike."""
     assert got.shape == expected.shape, f"shape {list(got.shape)}, expected {list(expected.shape)}"
@@ -101,6 +121,27 @@ def error(got: Tensor, expected: Tensor, least: float = 0.0) -> float:
     difference = torch.where(odd, 0.0, got - expected).abs().max().item()
     magnitude = max(torch.where(odd, 0.0, expected).abs().max().item(), least)
     return difference / magnitude if magnitude > 0 else (0.0 if difference == 0 else float("inf"))
+
+
+def check_soiled_memory(op: Operator, case: Case, backend: str, dtype: torch.dtype) -> None:
+    """As `check_agreement` where the memory that the operator is given, and its neighbours, hold NaN."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # others have heaps of their own
+    try:
+        for _ in range(3):
+            soil_memory()
+            if dtype in RELATIVE:
+                check_agreement(op, case, backend, dtype)
+                continue
+            with on(backend) as device:
+                given = tensors(case, dtype, device)
+                got, grads = with_gradients(op.function, case, given)
+            exact = {k: v.double() if v.is_floating_point() else v for k, v in given.items()}
+            expected, expected_grads = with_gradients(op.reference, case, exact)
+            for g, e in zip((*got, *grads.values()), (*expected, *expected_grads.values()), strict=True):
+                assert torch.equal(g.isfinite().cpu(), e.isfinite().cpu()), "reads memory that nothing wrote"
+    finally:
+        torch.set_num_threads(threads)
 
 
 def check_agreement(op: Operator, case: Case, backend: str, dtype: torch.dtype) -> None:

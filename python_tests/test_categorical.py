@@ -139,6 +139,14 @@ def test_contract_rows_apart(operator, forest, backend):
 
 @every_operator
 @either
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+def test_contract_soiled_memory(operator, forest, size, dtype, backend):
+    contract.check_soiled_memory(OPERATORS[operator], case_of(operator, size, forest), backend, dtype)
+
+
+@every_operator
+@either
 def test_contract_empty(operator, forest, backend):
     case, op = case_of(operator, "odd", forest), OPERATORS[operator]
     with contract.on(backend) as device:

@@ -214,6 +214,11 @@ def test_contract_a_pair_without_gradient_adds_nothing(backend: str, dims: int, 
         assert contract.error(a, b) <= 1e-6
 
 
+@every
+def test_contract_soiled_memory(operator: Operator, case: Case, backend: str) -> None:
+    contract.check_soiled_memory(operator, case, backend, torch.float32)
+
+
 @chosen
 def test_contract_empty(operator: Operator, case: Case, backend: str) -> None:
     with contract.on(backend) as device:

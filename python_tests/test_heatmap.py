@@ -61,6 +61,16 @@ RENDER_CASES = [
         {"size": (17, 19), "truncate": 1, "normalize": "sum"},
         ("points", "sigma"),
     ),
+    # Windows of the last cells, whose vectors reach past the map.
+    Case(
+        "cut-edge",
+        lambda g: {
+            "points": torch.tensor([[[19.2, 3.0], [18.9, 17.2], [-0.4, 16.8]]], dtype=torch.float64),
+            "sigma": 0.8 + torch.rand(1, 3, generator=g, dtype=torch.float64) / 5,
+        },
+        {"size": (17, 19), "truncate": 2, "normalize": "sum"},
+        ("points", "sigma"),
+    ),
 ]
 SOFT_ARGMAX_CASES = [
     Case("one-pixel", maps(1, 1, 1, 1), {"beta": 10.0}, ("heatmap",)),
@@ -127,6 +137,12 @@ def test_contract_strides_low(operator: Operator, case: Case, backend: str, dtyp
 @chosen
 def test_contract_repeatable(operator: Operator, case: Case, backend: str) -> None:
     contract.check_repeatable(operator, case, backend)
+
+
+@pytest.mark.parametrize("dtype", contract.DTYPES, ids=lambda d: str(d)[6:])
+@every
+def test_contract_soiled_memory(operator: Operator, case: Case, backend: str, dtype: torch.dtype) -> None:
+    contract.check_soiled_memory(operator, case, backend, dtype)
 
 
 @chosen

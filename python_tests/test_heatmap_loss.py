@@ -183,6 +183,12 @@ def test_contract_repeatable(operator: Operator, case: Case, backend: str) -> No
     contract.check_repeatable(operator, case, backend)
 
 
+@pytest.mark.parametrize("dtype", contract.DTYPES, ids=lambda d: str(d)[6:])
+@every
+def test_contract_soiled_memory(operator: Operator, case: Case, backend: str, dtype: torch.dtype) -> None:
+    contract.check_soiled_memory(operator, case, backend, dtype)
+
+
 @chosen
 def test_contract_empty(operator: Operator, case: Case, backend: str) -> None:
     contract.check_empty(operator, case, backend)

@@ -102,6 +102,13 @@ def test_contract_rows_apart(operator, backend):
         contract.check_rows_apart(OPERATORS[operator], case, backend, "points", [math.nan, math.inf, 1e30])
 
 
+@every_operator
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+def test_contract_soiled_memory(operator, size, dtype, backend):
+    contract.check_soiled_memory(OPERATORS[operator], case_of(operator, size), backend, dtype)
+
+
 @pytest.mark.parametrize("operator", ["kl_loss", "l2_loss", "expectation", "peak", "heatmap"])
 def test_contract_empty(operator, backend):
     contract.check_empty(OPERATORS[operator], case_of(operator, "odd"), backend)

@@ -66,6 +66,12 @@ def test_contract_repeatable(case: Case, backend: str) -> None:
     contract.check_repeatable(ROUTE, case, backend)
 
 
+@pytest.mark.parametrize("dtype", contract.DTYPES, ids=lambda d: str(d)[6:])
+@every
+def test_contract_soiled_memory(case: Case, backend: str, dtype: torch.dtype) -> None:
+    contract.check_soiled_memory(ROUTE, case, backend, dtype)
+
+
 @chosen
 def test_contract_empty(case: Case, backend: str) -> None:
     with contract.on(backend) as device:

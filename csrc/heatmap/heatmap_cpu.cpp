@@ -637,7 +637,8 @@ struct Axis {
   Cells cells;
 };
 
-// Room for the axes of both directions; freed by hand, since a destructor would ask for exception tables.
+// Room for the axes of both directions; freed by hand, since a destructor would ask for exception tables. Zeros:
+// vectors of a window at the end reach past what is filled, and 0 times what stood there before might be NaN.
 template <class C>
 struct AxisMemory {
   int padded_width, padded_height;
@@ -645,7 +646,7 @@ struct AxisMemory {
   FF_INLINE AxisMemory(const HeatmapSize& s, int arrays)
       : padded_width(s.width + kLanes<C>),
         padded_height(s.height + kLanes<C>),
-        memory(static_cast<C*>(malloc(sizeof(C) * (size_t(arrays) * (size_t(padded_width) + padded_height))))) {
+        memory(static_cast<C*>(calloc(size_t(arrays) * (size_t(padded_width) + padded_height), sizeof(C)))) {
     if (!memory) __builtin_trap();  // a few kilobytes
   }
   FF_INLINE Axis<C> x() const { return {memory, memory + padded_width, memory + 2 * padded_width, {}}; }
