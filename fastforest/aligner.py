@@ -60,9 +60,9 @@ class Aligner:
     Nothing is changed by a call: threads may share an aligner.
 
     A given box is used as it is: around the landmarks, or for a model trained on crops around the boxes of its set, such
-    a box. Faces that scikit-image's cascade finds have boxes only near their landmarks' own, and
-    some are none. So each is predicted `PASSES` times, every crop taken around the landmarks of the one before: on a face
-    they settle. Those that settle are faces, largest first; where none does, the one that moved least is the only one.
+    a box. Faces that scikit-image's cascade finds have boxes only near their landmarks' own, and some are none. So each is
+    predicted `PASSES` times, every crop taken around the landmarks of the one before: on a face they settle. Those that
+    settle are faces, largest first; where none does, the one that moved least is the only one.
 
     Args:
         model: any of `fastforest.models`, on its device; set to evaluation mode. Or an `Exported`.
@@ -70,6 +70,9 @@ class Aligner:
         padding: what a crop shows on each side of a box, in its longer sides; as in training. An `Exported` knows it.
         shape: [P, 2], the mean shape in pixels of a crop, where the model was trained on crops around other boxes than the
             landmarks': a crop around landmarks then shows them where the mean shape lies. An `Exported` knows it.
+
+    Raises:
+        ValueError: no size, or a shape that is not [P, 2], finite, of points that differ.
 
     Raises, on calling:
         NoFace, NotFinite: as their names say. DataError: a file that cannot be read. TypeError, ValueError: not an image;
@@ -86,8 +89,12 @@ class Aligner:
             raise ValueError("Aligner: size must be the side of the model's images, got None")
         self.padding = padding
         self.shape = None if shape is None else np.asarray(shape, dtype=np.float64)
-        if self.shape is not None and (self.shape.ndim != 2 or not np.ptp(self.shape, axis=0).max() > 0):
-            raise ValueError(f"Aligner: shape must be [P, 2], of points that differ, got {list(self.shape.shape)}")
+        if self.shape is not None and (
+            self.shape.shape[1:] != (2,) or not len(self.shape) or not 0 < np.ptp(self.shape, axis=0).max() < np.inf
+        ):
+            raise ValueError(
+                f"Aligner: shape must be [P, 2], finite, of points that differ, got {list(self.shape.shape)}"
+            )
         self.model, self.size = model if isinstance(model, Exported) else model.eval(), size
 
     @classmethod

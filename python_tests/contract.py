@@ -93,15 +93,11 @@ def with_gradients(
 def soil_memory() -> None:
     """Leaves NaN in what the allocator hands out next: what a kernel reads before it writes it then shows."""
     libc = ctypes.CDLL(None)
-    libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = (
-        ctypes.c_void_p,
-        [ctypes.c_size_t],
-        [ctypes.c_void_p],
-    )
-    # Small ones come from lists by size; larger ones are cut from this stretch, which the last block keeps in the heap.
-    blocks = [libc.malloc(size) for size in range(24, 1100, 16) for _ in range(8)]
+    libc.malloc.argtypes, libc.malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
+    libc.free.argtypes = [ctypes.c_void_p]
+    # Small ones come from lists by size; larger ones are cut from the long ones here, which the last keeps in the heap.
     sizes = [size for size in range(24, 1100, 16) for _ in range(8)] + [1 << 14] * 256
-    blocks += [libc.malloc(1 << 14) for _ in range(256)]
+    blocks = [libc.malloc(size) for size in sizes]
     libc.malloc(24)
     for block, size in zip(blocks, sizes, strict=True):
         ctypes.memset(block, 0xFF, size)

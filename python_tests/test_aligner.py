@@ -257,8 +257,9 @@ def test_a_model_of_other_boxes_sees_landmarks_where_its_mean_shape_has_them(mon
         assert found.points.mean(axis=0) == pytest.approx(place, abs=0.5)
         assert seen.mean(axis=0) == pytest.approx(shape.mean(axis=0), abs=0.7)  # squares are of whole pixels
         assert np.ptp(seen, axis=0).max() == pytest.approx(22.0, abs=0.7)
-    with pytest.raises(ValueError, match=r"shape must be \[P, 2\], of points that differ, got \[2, 2\]"):
-        Aligner(Corners(), 64, shape=torch.ones(2, 2))
+    for wrong in (torch.ones(2, 2), torch.rand(4, 3), torch.rand(0, 2), torch.tensor([[0.0, 1.0], [torch.nan, 2.0]])):
+        with pytest.raises(ValueError, match=r"shape must be \[P, 2\], finite, of points that differ, got \["):
+            Aligner(Corners(), 64, shape=wrong)
 
 
 def test_predictions_that_are_not_finite_are_refused():

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import ndimage
-from spots import centroid, dot
+from small_images import centroid, dot
 
 from fastforest.data import FLIP_68, Augment, Cached, Plain, SyntheticFaces, horizontal_flip, layout_of, resize
 from fastforest.data.augment import warp

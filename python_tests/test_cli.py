@@ -248,9 +248,10 @@ def test_faces_whose_boxes_hide_all_their_landmarks_are_left_out_of_training(pho
     assert (len(train), len(held_out)) == (9, 1)
     assert said[0] == f"{photographs}: 1 faces whose crops hold none of their landmarks are left out"
     assert "landmarks lie outside" in said[1]
-    assert len(open_evaluated(chosen.data)) == 11
+    evaluated = open_evaluated(chosen.data)
+    assert len(evaluated) == 11 and held_out[0].name == data.split(evaluated)[1][0].name  # the same face held out
     photographs.write_text(re.sub(boxes, beside, text))
-    with pytest.raises(data.DataError, match=r"no crop holds a landmark of its face: data.crop = box does not suit"):
+    with pytest.raises(data.DataError, match=r"of 10 faces, 0 are left to train and 0 held out"):
         open_sets(chosen)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from spots import centroid, dot, save_image
+from small_images import centroid, dot, save_image
 
 from fastforest.data import (
     Cached,

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from spots import save_image
+from small_images import save_image
 
 from fastforest.data import DataError, draw_face, read_image, read_pts, write_pts
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from .. import data, training
 from ..config import Config, DataConfig
 from ..training import ranks
@@ -21,14 +23,15 @@ def open_sets(chosen: Config) -> tuple[Any, Any]:
             that the set does not allow.
     """
     dataset, train, size = _dataset(chosen.data), chosen.train, _size(chosen.data)
-    if isinstance(dataset, data.RecordFaces):
-        dataset = _seen(chosen.data, dataset)
+    hidden = _hidden(chosen.data, dataset) if isinstance(dataset, data.RecordFaces) else set()
     if train.cache not in ("memory", "off"):
         if not isinstance(dataset, data.RecordFaces):
             raise BadInput(f"train.cache must be memory or off for {chosen.data.path}, got {train.cache!r}")
         dataset = data.DiskCache(dataset, train.cache, size)
     kept = train.cache == "memory"
-    sets = training.training_sets(dataset, size, chosen.data.path, keep=kept, workers=train.workers, pin=train.pin)
+    sets = training.training_sets(
+        dataset, size, chosen.data.path, keep=kept, workers=train.workers, pin=train.pin, without=hidden
+    )
     fit = sets[0].capacity if kept else len(sets[0])
     if fit < len(sets[0]) and ranks.rank() == 0:
         print(
@@ -72,25 +75,19 @@ def _crop(chosen: DataConfig) -> dict[str, Any]:
     return {"crop": chosen.crop, "padding": chosen.padding, "fallback": chosen.fallback}
 
 
-def _seen(chosen: DataConfig, faces: data.RecordFaces) -> data.RecordFaces:
-    """The faces of which a landmark is seen; tells what is missing of the set."""
-    hidden = faces.hidden()
+def _hidden(chosen: DataConfig, faces: data.RecordFaces) -> set[int]:
+    """The faces of which no landmark is seen; tells what is missing of the set."""
+    masked = faces.masked_counts()
+    none = masked == np.isfinite(faces.records.points).all(axis=-1).sum(axis=1)
     missing = {
         "faces without a landmark are left out": faces.records.left_out,
-        "faces whose crops hold none of their landmarks are left out": int(hidden.sum()),
-        "landmarks lie outside their crops and are masked": int(faces.masked_counts()[~hidden].sum()),
+        "faces whose crops hold none of their landmarks are left out": int(none.sum()),
+        "landmarks lie outside their crops and are masked": int(masked[~none].sum()),
     }
     for words, count in missing.items():
         if count and ranks.rank() == 0:
             print(f"{chosen.path}: {count} {words}", flush=True)
-    if hidden.all():
-        raise data.DataError(
-            f"{chosen.path}: no crop holds a landmark of its face: data.crop = {chosen.crop} does not suit"
-        )
-    if not hidden.any():
-        return faces
-    seen = data.Records(record for record, none in zip(faces.records, hidden, strict=True) if not none)
-    return data.RecordFaces(seen, faces.size, **_crop(chosen))
+    return set(none.nonzero()[0].tolist())
 
 
 def _size(chosen: DataConfig) -> int:

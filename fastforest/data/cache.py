@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from .errors import DataError
 from .faces import Face, FaceDataset, checked_index, checked_size, resized
-from .pts import PathLike
+from .text import PathLike
 
 __all__ = ["Cached", "DiskCache"]
 

@@ -26,8 +26,9 @@ from torch.utils.data import Dataset
 from .errors import DataError
 from .faces import Face, FaceDataset
 from .layout import FLIP_68, LINES_68
-from .pts import PathLike, open_image, to_tensor
+from .pts import open_image, to_tensor
 from .synthetic import mean_shape_68
+from .text import PathLike
 
 __all__ = ["SEGMENTS_68", "CsvFaces", "DenseFaces", "allotment", "dense_flip", "interpolate", "write_csv"]
 

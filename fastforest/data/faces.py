@@ -16,8 +16,9 @@ from torch.nn import functional
 from torch.utils.data import Dataset, Subset
 
 from .errors import DataError, one_line
-from .pts import PathLike, existing_folder, open_image, to_tensor
+from .pts import existing_folder, open_image, to_tensor
 from .synthetic import draw_face
+from .text import PathLike
 
 if TYPE_CHECKING:
     from .recordfaces import RecordFaces

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from .errors import DataError
 from .matlab import load_mat
-from .pts import PathLike, existing_folder
+from .pts import existing_folder
+from .text import PathLike
 
 __all__ = ["DistributionSet", "read_distributions", "read_distributions_folder", "synthetic_distributions"]
 

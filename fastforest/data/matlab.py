@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from .errors import DataError, one_line
-from .pts import PathLike
+from .text import PathLike
 
 __all__ = ["image_cell", "is_hdf5", "load_mat", "open_hdf5", "read_member"]
 

@@ -91,15 +91,9 @@ class RecordFaces(Dataset[Face]):
 
         They are NaN in the faces, but with `keep_outside`.
         """
-        return (np.isfinite(self.records.points).all(axis=-1) & ~self._inside()).sum(axis=1)
-
-    def hidden(self) -> np.ndarray:
-        """Which squares hold no known landmark, bool [N]. Decodes nothing."""
-        return np.logical_not(self._inside().any(axis=1))
-
-    def _inside(self) -> np.ndarray:
-        """Known landmarks in their square, bool [N, P]."""
-        return np.stack([self.crop(index).contains(points) for index, points in enumerate(self.records.points)])
+        known = np.isfinite(self.records.points).all(axis=-1)
+        inside = np.stack([self.crop(index).contains(points) for index, points in enumerate(self.records.points)])
+        return (known & ~inside).sum(axis=1)
 
     @property
     def masked(self) -> int:

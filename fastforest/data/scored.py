@@ -16,8 +16,9 @@ from PIL import Image
 from torch import Tensor
 
 from .errors import DataError
-from .pts import PathLike, open_image, to_tensor
+from .pts import open_image, to_tensor
 from .synthetic import draw_face
+from .text import PathLike
 
 __all__ = ["SECOND_GROUP", "ScoredFaces", "face_score", "read_scored_faces", "synthetic_scored_faces"]
 

@@ -6,8 +6,9 @@ import numpy as np
 
 from ..errors import DataError
 from ..matlab import load_mat
-from ..pts import PathLike, existing_folder
+from ..pts import existing_folder
 from ..records import Record, Records
+from ..text import PathLike
 from .common import image_beside, images_of, matrix, points_of
 
 __all__ = ["read_aflw2000"]

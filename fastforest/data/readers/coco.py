@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 
 from ..errors import DataError, one_line
-from ..pts import PathLike
 from ..records import Record, Records
-from ..text import read_text
+from ..text import PathLike, read_text
 from .common import face_box, image_named, matrix, points_of
 
 __all__ = ["read_coco", "read_json"]

@@ -10,8 +10,9 @@ import numpy as np
 
 from ..errors import DataError, one_line
 from ..matlab import image_cell, load_mat, open_hdf5
-from ..pts import PathLike, existing_folder
+from ..pts import existing_folder
 from ..records import Record, Records
+from ..text import PathLike
 from .common import face_box, matrix, points_of
 
 __all__ = ["cofw68_files", "cofw_file", "read_cofw", "read_cofw68"]

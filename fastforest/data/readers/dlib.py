@@ -9,9 +9,8 @@ import numpy as np
 from defusedxml import ElementTree
 
 from ..errors import DataError, one_line
-from ..pts import PathLike
 from ..records import Record, Records
-from ..text import read_bytes
+from ..text import PathLike, read_bytes
 from .common import face_box, image_named, numbers, points_of
 
 __all__ = ["read_dlib"]

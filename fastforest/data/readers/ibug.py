@@ -11,8 +11,9 @@ import numpy as np
 
 from ..errors import DataError
 from ..matlab import load_mat
-from ..pts import PathLike, existing_folder, read_pts
+from ..pts import existing_folder, read_pts
 from ..records import Box, Record, Records
+from ..text import PathLike
 from .common import face_box, image_beside, images_of, matrix, points_of
 
 __all__ = ["SETS", "SUBSETS", "ibug_parts", "read_ibug"]

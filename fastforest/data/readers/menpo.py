@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from ..errors import DataError
-from ..pts import PathLike
 from ..records import Record, Records
+from ..text import PathLike
 from .coco import read_json
 from .common import image_beside, images_of, matrix, points_of
 

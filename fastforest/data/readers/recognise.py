@@ -8,8 +8,8 @@ from pathlib import Path
 
 from ..errors import DataError
 from ..matlab import is_hdf5
-from ..pts import PathLike
 from ..records import Records
+from ..text import PathLike
 from .aflw2000 import read_aflw2000
 from .coco import read_coco
 from .cofw import cofw68_files, cofw_file, read_cofw, read_cofw68

@@ -9,9 +9,9 @@ import numpy as np
 from PIL import Image
 
 from ..errors import DataError, one_line
-from ..pts import PathLike, existing_folder, read_pts
+from ..pts import existing_folder, read_pts
 from ..records import Record, Records
-from ..text import read_bytes, read_lines
+from ..text import PathLike, read_bytes, read_lines
 from .common import image_beside, image_named, images_of, numbers, points_of
 
 __all__ = ["read_bioid", "read_imm", "read_lfpw35", "read_scut"]

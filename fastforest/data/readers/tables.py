@@ -8,9 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import DataError
-from ..pts import PathLike
 from ..records import Record, Records
-from ..text import read_text
+from ..text import PathLike, read_text
 from .common import image_named, numbers, points_of
 
 __all__ = ["read_keypoints_csv", "read_muct", "table_kind"]

@@ -7,9 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import DataError
-from ..pts import PathLike
 from ..records import Record, Records
-from ..text import read_lines
+from ..text import PathLike, read_lines
 from .common import face_box, image_named, numbers, points_of
 
 __all__ = ["ATTRIBUTES", "read_wflw", "wflw_list"]

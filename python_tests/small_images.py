@@ -1,4 +1,4 @@
-"""Spots of light at known places, and where they are found."""
+"""Small images that the tests make, and where the light of one is."""
 
 from __future__ import annotations
 
